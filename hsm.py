@@ -391,10 +391,9 @@ class SoftmaxMixer(nn.Module):
         causal = S == T <= self.window  # the mask that fast kernels know; else we draw it
         mask = None
         if not causal:  # query t is key number S - T + t
-            distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(
-                S, device=x.device
-            )
-            mask = (distance >= 0) & (distance < self.window)  # (T, S)
+            t = torch.arange(S, device=x.device)
+            distance = t[S - T :, None] - t  # (T, S)
+            mask = (distance >= 0) & (distance < self.window)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -623,9 +622,9 @@ def receptive_field(config):
     """Count the mixers' paths: entry k is the number of ways from x[t - k] to the last y[t].
 
     On a path each layer stays, or goes one of its different shifts back (softmax: any distance
-    below block_size). So a layer multiplies the generating function by 1 + X^s, and the exact integers
-    come as int64, or as Python's own where those would not hold them. "layer" shifts over L powers
-    of two: 2^L ones, each distance once, the binary numbers.
+    below block_size). Written as a polynomial, a layer is 1 + X^s, and the layers multiply. With
+    "layer" shifts over L powers of two that gives 2^L ones: each distance once, as its binary
+    number. Exact: int64, or Python's integers where int64 would overflow.
     """
     steps = [
         range(config.block_size) if name == "softmax" else {0, *s} for name, s in config.layers
