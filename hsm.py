@@ -632,8 +632,10 @@ def receptive_field(config):
     fits = math.prod(len(step) for step in steps) < 2**63
     paths = np.ones(1, dtype=np.int64 if fits else object)
     for step in steps:
-        reach = max(step)
-        paths = sum(np.pad(paths, (s, reach - s)) for s in step)
+        longer = np.zeros(len(paths) + max(step), dtype=paths.dtype)
+        for s in step:
+            longer[s : s + len(paths)] += paths
+        paths = longer
     return paths
 
 
