@@ -1,0 +1,642 @@
+"""Train a GPT of hsm.py on the token numbers of prepare_data.py.
+
+    python train.py                                      the quick preset: minutes on two cores
+    python train.py --mixers softmax --out out/softmax   the same with attention, to compare
+    python train.py shakespeare                          a preset for one GPU
+    python train.py --resume                             go on where the last run stopped
+
+The way of the data: DIR/train.bin lies on the device (or stays on the disk, if it is too large);
+the batch of step n is windows at random places that depend on the seed and n alone, so a resumed
+run sees what an undisturbed one would have seen. Every evaluation takes the same windows of
+DIR/val.bin and writes OUT/ckpt.pt (the last state), OUT/best.pt (the lowest validation loss) and
+OUT/log.jsonl, each whole or not at all; the end adds OUT/loss.png and a sample.
+
+From a notebook:  result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
+"""
+
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from hsm import (
+    GPT,
+    BadInput,
+    GPTConfig,
+    atomic_write,
+    layer_table,
+    load_checkpoint,
+    model_from,
+    save_checkpoint,
+)
+from prepare_data import (
+    CORPORA,
+    Tokenizer,
+    bits_per_byte,
+    open_tokens,
+    parse,
+    prepare,
+    read_meta,
+    run,
+)
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run. Raises BadInput (a ValueError) where a field is out of range."""
+
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(
+        default_factory=lambda: GPTConfig(vocab_size=0)
+    )
+    data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
+    out: str = "out/quick"  # folder for checkpoints, log and picture
+    steps: int = 2600  # updates of the weights
+    batch_size: int = 16  # sequences in a batch
+    grad_accum: int = 1  # batches added up for an update, where memory allows no larger ones
+    lr: float = 8e-3  # highest learning rate
+    lr_end: float = 0.1  # share of it that is left at the end of the cosine
+    warmup: int = 100  # steps up to the highest learning rate
+    weight_decay: float = 0.1  # of the matrices; vectors (a, b, gates' biases, norms) have none
+    beta2: float = 0.99  # AdamW's memory of squared gradients (its beta1 is 0.9)
+    grad_clip: float = 1.0  # longest gradient; 0: any
+    eval_interval: int = 200  # steps between evaluations, each of which saves
+    eval_tokens: int = 200_000  # at most so many tokens of val.bin, evenly spread, the same always
+    sample_tokens: int = 400  # length of the sample at the end
+    seed: int = 1  # of the weights, the dropout and the order of the data
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
+    compile: bool = False  # torch.compile: a minute or two to start, then faster
+    resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
+
+    def __post_init__(self):
+        for name in ("batch_size", "grad_accum", "steps", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "grad_clip", "sample_tokens", "seed", "lr_end"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise BadInput(f"lr must be over 0, not {self.lr}")
+        if not 0 <= self.beta2 < 1:
+            raise BadInput(f"beta2 must be in [0, 1), not {self.beta2}")
+        if self.eval_tokens < self.model.block_size:
+            raise BadInput(
+                f"eval_tokens ({self.eval_tokens}) must hold a window of "
+                f"block_size={self.model.block_size}"
+            )
+
+
+def model(**shape):
+    """A GPTConfig whose vocabulary is the tokenizer's."""
+    return GPTConfig(**{"vocab_size": 0} | shape)
+
+
+PRESETS = {
+    "quick": TrainConfig(),
+    "shakespeare": TrainConfig(
+        model=model(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        out="out/shakespeare",
+        steps=5000,
+        batch_size=64,
+        lr=1e-3,
+        eval_interval=250,
+        compile=True,
+    ),
+    "tinystories": TrainConfig(
+        model=model(block_size=512, n_layer=8, n_head=8, n_embd=512),
+        data="data/tinystories_gpt2",
+        out="out/tinystories",
+        steps=10_000,
+        batch_size=64,
+        lr=1e-3,
+        warmup=500,
+        eval_interval=500,
+        eval_tokens=500_000,
+        compile=True,
+    ),
+    "openwebtext": TrainConfig(
+        model=model(block_size=1024, n_layer=12, n_head=12, n_embd=768),
+        data="data/openwebtext_gpt2",
+        out="out/openwebtext",
+        steps=20_000,
+        batch_size=16,
+        grad_accum=30,
+        lr=6e-4,
+        warmup=700,
+        beta2=0.95,
+        eval_interval=500,
+        eval_tokens=1_000_000,
+        compile=True,
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------
+# Device and numbers
+
+
+def pick_device(name="auto"):
+    """A torch.device. Raises BadInput if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    if name == "auto":
+        name = next(device for device, here in there.items() if here)
+    if not there[name]:
+        here = ", ".join(device for device in there if there[device])
+        raise BadInput(f"there is no {name} device on this machine; choose from: auto, {here}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The type of matrix products: bfloat16 or, on cards that have none, float16; else float32."""
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bfloat16" if has_bfloat16 else "float16"
+    if name == "float16" and device.type == "cpu":
+        raise BadInput("float16 does not train on a CPU; choose --dtype float32 or bfloat16")
+    return getattr(torch, name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+class Windows:
+    """Windows of block_size + 1 tokens from one split of a prepared folder.
+
+    The tokens go on the device once if they take at most a quarter of its free memory (2 GiB of a
+    CPU's); otherwise they stay on the disk and each batch is read from there.
+    """
+
+    def __init__(self, folder, split, meta, block_size, device):
+        self.name, self.device, self.vocab_size = (
+            f"{folder}/{split}.bin",
+            device,
+            meta["vocab_size"],
+        )
+        tokens = open_tokens(folder, split, meta)
+        if len(tokens) <= block_size:
+            raise BadInput(
+                f"{self.name} has {len(tokens):,} tokens, a window of block_size={block_size} and "
+                "the token after it need more; choose a smaller --block-size or a longer text"
+            )
+        room = torch.cuda.mem_get_info()[0] // 4 if device.type == "cuda" else 2**31
+        self.on_device = 4 * len(tokens) <= room
+        self.tokens = self._checked(tokens).to(device) if self.on_device else tokens
+        self.n_tokens, self.offsets = len(tokens), torch.arange(block_size + 1)
+
+    def _checked(self, numbers):
+        numbers = numbers.astype(np.int32)
+        if numbers.max() >= self.vocab_size:
+            raise BadInput(
+                f"{self.name} has the token {numbers.max()}, beyond its vocabulary of "
+                f"{self.vocab_size}; delete the folder and prepare it again"
+            )
+        return torch.from_numpy(numbers)
+
+    def at(self, starts):
+        """starts: (B,) int64 on the CPU. Returns idx and targets, (B, T) int64 on the device."""
+        places = starts[:, None] + self.offsets  # (B, T + 1)
+        if self.on_device:
+            window = self.tokens[places.to(self.device, non_blocking=True)]
+        else:
+            window = self._checked(self.tokens[places.numpy()]).to(self.device)
+        window = window.long()
+        return window[:, :-1], window[:, 1:]
+
+    def batch(self, size, seed, number):
+        """Random windows: the batch with this number, whatever was drawn before.
+
+        NumPy seeds with both numbers; a torch.Generator on the CPU takes 32 bits in all.
+        """
+        n_starts = self.n_tokens - len(self.offsets) + 1
+        starts = np.random.default_rng((seed, number)).integers(n_starts, size=size)
+        return self.at(torch.from_numpy(starts))
+
+    def evenly(self, n_tokens):
+        """Starts of windows side by side, or evenly spread where all are over n_tokens."""
+        T = len(self.offsets) - 1
+        starts = torch.arange(0, self.n_tokens - T, T)
+        n = max(1, n_tokens // T)
+        if len(starts) > n:
+            starts = starts[torch.arange(n) * len(starts) // n]
+        return starts
+
+
+def get_data(folder):
+    """folder's meta. If it is not prepared: data/<corpus>_<tokenizer> is; else BadInput.
+
+    Without a network, Shakespeare gives way to Python's own library; so the folder may differ.
+    Returns (folder, meta).
+    """
+    folder = Path(folder)
+    corpus, _, tokenizer = folder.name.rpartition("_")
+    known = corpus in CORPORA and corpus != "file" and tokenizer in ("char", "byte", "gpt2")
+    if (folder / "meta.json").is_file() or not known:
+        return folder, read_meta(folder)
+    print(f"{folder} is not prepared yet; preparing it")
+    try:
+        return folder, prepare(corpus, tokenizer=tokenizer, folder=folder)
+    except BadInput as error:
+        if corpus != "shakespeare" or (folder / "input.txt").is_file():
+            raise
+        print(f"{error}\nno Shakespeare: training on Python's standard library in its place")
+    return get_data(folder.parent / "stdlib_byte")
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer and evaluation
+
+
+def learning_rate(config, step):
+    """Up in a line over the warm-up, then down a half cosine to lr_end of the highest."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return config.lr * (config.lr_end + (1 - config.lr_end) * height)
+
+
+def make_optimizer(model, config, device):
+    """AdamW. Matrices decay towards 0; a, b, norms and biases, which are no matrices, do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+class Trainer:
+    """All that changes while a model trains: a checkpoint holds it all, so a run can go on.
+
+    config: a TrainConfig whose vocab_size is known.  meta: of its data.
+    """
+
+    def __init__(self, config, meta, device):
+        self.config, self.meta, self.device = config, meta, device
+        T = config.model.block_size
+        self.data = Windows(config.data, "train", meta, T, device)
+        self.val = Windows(config.data, "val", meta, T, device)
+        self.val_starts = self.val.evenly(config.eval_tokens)
+        self.dtype = pick_dtype(config.dtype, device)
+
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.model).to(device)
+        self.compiled = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = make_optimizer(self.model, config, device)
+        # float16 reaches from 6e-8 to 65504: its gradients are scaled up to just below the overflow
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.step, self.history, self.best_loss = 0, [], math.inf
+        self.loss_sum, self.n_losses = torch.zeros((), device=device), 0  # since the last look
+        self.seconds_before, self.began, self.n_steps = 0.0, time.perf_counter(), 0
+
+    @property
+    def seconds(self):
+        """Seconds of training so far, evaluations and earlier parts of the run included."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def loss(self, idx, targets):
+        """Mean loss of a batch, computed in self.dtype where that is safe (autocast)."""
+        mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
+            return self.compiled(idx, targets)[1]
+
+    def update(self):
+        """One step: gradients of grad_accum batches, clipped, then AdamW. Never waits."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        for i in range(config.grad_accum):
+            number = self.step * config.grad_accum + i
+            loss = self.loss(*self.data.batch(config.batch_size, config.seed, number))
+            self.scaler.scale(loss / config.grad_accum).backward()
+            self.loss_sum += loss.detach()
+            self.n_losses += 1
+        if config.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.n_steps += 1
+
+    def train_loss(self):
+        """Mean training loss since the last evaluation, or None. Waits for the device."""
+        return self.loss_sum.item() / self.n_losses if self.n_losses else None
+
+    @torch.no_grad()
+    def val_loss(self):
+        """Mean loss over the fixed validation windows, in nats a token."""
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for starts in self.val_starts.split(self.config.batch_size):
+            total += self.loss(*self.val.at(starts)) * len(starts)
+        self.model.train()
+        return total.item() / len(self.val_starts)
+
+    def evaluate(self):
+        """Measure, log and save. Returns the new row of log.jsonl."""
+        config, out = self.config, Path(self.config.out)
+        train_loss = self.train_loss()  # waits, so that the clock sees the steps' work
+        tokens = self.n_steps * config.grad_accum * config.batch_size * config.model.block_size
+        speed = tokens / (time.perf_counter() - self.began)
+        val_loss = self.val_loss()
+        if not math.isfinite(val_loss):
+            raise BadInput(
+                f"the validation loss is {val_loss} at step {self.step}; what is saved in {out} "
+                "is from before. Start again with a smaller --lr"
+            )
+        row = {
+            "step": self.step,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_bpb": bits_per_byte(val_loss, self.meta),
+            "lr": learning_rate(config, max(0, self.step - 1)),
+            "tokens_per_s": round(speed),
+            "elapsed_s": round(self.seconds, 2),
+        }
+        self.history.append(row)
+        self.loss_sum.zero_()
+        self.n_losses = 0
+        with atomic_write(out / "log.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.history)
+        if val_loss < self.best_loss:
+            self.best_loss = val_loss
+            save_checkpoint(out / "best.pt", **self.what_it_is())
+        self.save()
+        return row
+
+    def what_it_is(self):
+        """The model and where it comes from, in plain types: all that sampling needs."""
+        train = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        return {
+            "model": self.model.state_dict(),
+            "config": asdict(train.pop("model")),
+            "train": train | {"resume": False},
+            "meta": self.meta,
+            "step": self.step,
+            "best_loss": self.best_loss,
+        }
+
+    def save(self):
+        """Write OUT/ckpt.pt: what it is, and all that training goes on from."""
+        save_checkpoint(
+            Path(self.config.out) / "ckpt.pt",
+            **self.what_it_is(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            history=self.history,
+            loss_sum=self.loss_sum.item(),
+            n_losses=self.n_losses,
+            seconds=self.seconds,
+            rng=torch.get_rng_state(),  # dropout draws from it
+            rng_cuda=torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        )
+
+    def load(self, checkpoint):
+        """Become the trainer that was saved. BadInput if its model or data are not these."""
+        config = self.config
+        for name, value in asdict(config.model).items():
+            old = checkpoint["config"].get(name)
+            if old != value:
+                raise BadInput(
+                    f"the checkpoint in {config.out} has {name}={old}, not {value}: a resumed "
+                    "model keeps its shape. Leave that flag away, or choose another --out"
+                )
+        if checkpoint.get("meta") != self.meta:
+            raise BadInput(f"the run in {config.out} had other data than {config.data} holds now")
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            torch.set_rng_state(checkpoint["rng"])
+            if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(checkpoint["rng_cuda"])
+            for name in ("step", "history", "best_loss", "n_losses"):
+                setattr(self, name, checkpoint[name])
+            self.loss_sum += checkpoint["loss_sum"]
+            self.seconds_before = checkpoint["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise BadInput(f"the checkpoint in {config.out} is not a whole one: {first}") from error
+
+
+@contextmanager
+def stop_on_ctrl_c():
+    """Yield an Event that Ctrl-C sets, so that the step can end. A second Ctrl-C ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may have handlers
+        return
+
+    def handler(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def make_out(config):
+    """Make the output folder, and move an earlier run's files to OUT/previous unless resuming."""
+    out = Path(config.out)
+    names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out / "writable") as path:  # better now than after the first evaluation
+            Path(path).touch()
+        (out / "writable").unlink()
+        earlier = [] if config.resume else [out / name for name in names if (out / name).exists()]
+        if earlier:
+            (out / "previous").mkdir(exist_ok=True)
+            print(f"the earlier run in {out} is now in {out / 'previous'}")
+        for path in earlier:
+            os.replace(path, out / "previous" / path.name)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out} ({error}); choose another --out") from error
+
+
+def plot(history, title, path):
+    """Training and validation loss against steps, as a PNG."""
+    import matplotlib  # here, because it takes a second
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
+        points = [(row["step"], row[key]) for row in history if row[key] is not None]
+        axes.plot(*zip(*points, strict=True), style, label=label)
+    best = min(history, key=lambda row: row["val_loss"])
+    axes.plot(best["step"], best["val_loss"], "ko", label=f"lowest: {best['val_loss']:.4f}")
+    axes.set(title=title, xlabel="steps", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
+@dataclass
+class Result:
+    """What train() gives back. history: the rows of log.jsonl, a dict an evaluation."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    history: list
+    best_loss: float  # nats a token
+    best_bpb: float  # bits a byte
+    seconds: float
+    out: Path
+    finished: bool  # False after Ctrl-C
+
+
+def train(config):
+    """Train as config (a TrainConfig) says, write into config.out, and return a Result.
+
+    Raises BadInput for what the person can put right: data, device, folder, checkpoint.
+    """
+    out, device = Path(config.out), pick_device(config.device)
+    pick_dtype(config.dtype, device)  # complains, if it must, before any work
+    saved = load_checkpoint(out / "ckpt.pt") if config.resume else None
+    folder, meta = get_data(config.data)
+    tokenizer = Tokenizer(meta)
+    vocab_size = config.model.vocab_size or meta["vocab_size"]
+    if vocab_size < meta["vocab_size"]:
+        raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
+    config = replace(config, data=str(folder), model=replace(config.model, vocab_size=vocab_size))
+    trainer = Trainer(config, meta, device)
+    if saved is not None:
+        trainer.load(saved)
+        print(f"going on at step {trainer.step:,} of {config.steps:,}")
+    make_out(config)
+    name = f"{config.model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
+    print(f"{name}; {config.data} -> {out}; {device}, {str(trainer.dtype).removeprefix('torch.')}")
+
+    with stop_on_ctrl_c() as stop:
+        finished = loop(trainer, stop)
+    result = Result(
+        model=trainer.model,
+        tokenizer=tokenizer,
+        history=trainer.history,
+        best_loss=trainer.best_loss,
+        best_bpb=bits_per_byte(trainer.best_loss, meta),
+        seconds=trainer.seconds,
+        out=out,
+        finished=finished,
+    )
+    if finished:
+        report(result, trainer, name)
+    else:
+        trainer.save()
+        print(f"stopped at step {trainer.step:,}, saved in {out / 'ckpt.pt'}. To go on:")
+        print(f"  python train.py --resume --out {shlex.quote(str(out))}")
+    return result
+
+
+def loop(trainer, stop):
+    """Update and evaluate until the last step, True, or until the Event stop is set, False."""
+    config = trainer.config
+    tokens = config.grad_accum * config.batch_size * config.model.block_size
+    bar = tqdm(total=config.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
+    try:
+        with bar:
+            while not stop.is_set():
+                ended = trainer.step >= config.steps
+                last = trainer.history[-1]["step"] if trainer.history else -1
+                if last < trainer.step and (ended or trainer.step % config.eval_interval == 0):
+                    row = trainer.evaluate()
+                    bar.write(
+                        f"step {row['step']:6,}  validation loss {row['val_loss']:.4f} nats a "
+                        f"token, {row['val_bpb']:.4f} bits a byte"
+                    )
+                if ended:
+                    return True
+                trainer.update()
+                bar.update()
+                if trainer.step % 10 == 0:  # each look waits for the device
+                    speed = tokens * (bar.format_dict["rate"] or 0)
+                    bar.set_postfix_str(f"loss {trainer.train_loss():.3f}, {speed:,.0f} tokens/s")
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            f"{trainer.device} has too little memory for this; choose a smaller --batch-size "
+            "(and --grad-accum to make up for it), --block-size or --n-embd"
+        ) from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(f"torch.compile does not work here ({first}); use --no-compile") from error
+    return False
+
+
+def report(result, trainer, name):
+    """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
+    out, device = result.out, trainer.device
+    plot(result.history, name, out / "loss.png")
+    print(f"\n{layer_table(result.model)}\n")
+    best = min(result.history, key=lambda row: row["val_loss"])
+    print(
+        f"lowest validation loss {result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits "
+        f"a byte, at step {best['step']:,}; {result.seconds:.0f} s of training; "
+        f"curve in {out / 'loss.png'}"
+    )
+    if trainer.config.sample_tokens:
+        model = model_from(load_checkpoint(out / "best.pt"), device)
+        idx = torch.tensor([[result.tokenizer.start]], device=device)
+        generator = torch.Generator(device).manual_seed(trainer.config.seed)
+        stream = model.generate(
+            idx, trainer.config.sample_tokens, temperature=0.8, generator=generator
+        )
+        print("\na sample:\n" + result.tokenizer.decode([token.item() for token in stream]))
+    print(f"\nmore of it:  python sample.py --out {shlex.quote(str(out))}")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    preset = "quick"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    if preset not in PRESETS:
+        raise BadInput(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    description = (
+        f"python train.py [{'|'.join(PRESETS)}] [flags]: train a GPT with HSM or softmax layers. "
+        f"The defaults shown are those of {preset}."
+    )
+    config = parse(TrainConfig, arguments, description, PRESETS[preset])
+    if config.resume:  # what the flags don't say stays as it was
+        saved = load_checkpoint(Path(config.out) / "ckpt.pt")
+        try:
+            before = TrainConfig(model=GPTConfig(**saved["config"]), **saved["train"])
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{config.out}/ckpt.pt is not a checkpoint of train.py") from error
+        config = parse(TrainConfig, arguments, description, replace(before, out=config.out))
+    return 0 if train(config).finished else 130  # 128 + SIGINT, as shells count
+
+
+if __name__ == "__main__":
+    run(main)
