@@ -104,10 +104,11 @@ class Tokenizer:
 
     def decode_bytes(self, tokens):
         """UTF-8 bytes of token numbers; a single token may be a part of a character."""
+        tokens = [t for t in tokens if t < self.vocab_size]  # a model may have spare rows
         if self.kind == "byte":
             return bytes(tokens)
-        if self.kind == "gpt2":  # a model may have more rows than the vocabulary has tokens
-            return self.bpe.decode_bytes([t for t in tokens if t < self.vocab_size])
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(tokens)
         return "".join(chr(self.codes[t]) for t in tokens).encode("utf-8")
 
     def decode(self, tokens):
@@ -148,13 +149,12 @@ def download(url, path, sha256=""):
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             with urllib.request.urlopen(request, timeout=20) as reply:
                 total = int(reply.headers.get("Content-Length") or 0)
-                bar = tqdm(desc="download", total=total or None, unit="B", unit_scale=True)
-                while block := reply.read(CHUNK):
-                    file.write(block)
-                    digest.update(block)
-                    size += len(block)
-                    bar.update(len(block))
-                bar.close()
+                with tqdm(desc="download", total=total or None, unit="B", unit_scale=True) as bar:
+                    while block := reply.read(CHUNK):
+                        file.write(block)
+                        digest.update(block)
+                        size += len(block)
+                        bar.update(len(block))
             if total and size != total:
                 raise BadInput(f"the download of {url} broke off; try again")
             if sha256 and digest.hexdigest() != sha256:
@@ -219,14 +219,15 @@ def documents(source):
 
 def write_documents(path, source, max_docs):
     """All documents, or the first max_docs, to one text file, END_OF_TEXT behind each."""
-    bar = tqdm(desc="documents", unit="doc", total=max_docs or None)
-    with atomic_write(path) as temporary, open(temporary, "wb") as output:
-        for n, text in enumerate(documents(source), start=1):
+    with (
+        tqdm(documents(source), "documents", max_docs or None, unit="doc") as texts,
+        atomic_write(path) as temporary,
+        open(temporary, "wb") as output,
+    ):
+        for n, text in enumerate(texts, start=1):
             output.write((text + END_OF_TEXT).encode("utf-8", "replace"))
-            bar.update()
             if n == max_docs:
                 break
-    bar.close()
 
 
 def text_files(corpus, source, folder, max_docs=0):
@@ -337,8 +338,8 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
 
     digest, counts = hashlib.sha256(), dict.fromkeys(("train", "val"), (0, 0))
     n_train = max(total * 9 // 10, total - 10**7)
-    bar = tqdm(desc="tokens", total=total, unit="B", unit_scale=True)
     with (
+        tqdm(desc="tokens", total=total, unit="B", unit_scale=True) as bar,
         atomic_write(folder / "train.bin") as train,
         atomic_write(folder / "val.bin") as val,
         open(train, "wb") as train_file,
@@ -350,7 +351,6 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
             outputs[split].write(numbers.astype(dtype).tobytes())
             counts[split] = (counts[split][0] + len(numbers), counts[split][1] + size)
             bar.update(size)
-        bar.close()
         if min(counts["train"][0], counts["val"][0]) < 2:
             raise BadInput(
                 f"{files[0]} is too short ({total} bytes): both its first nine tenths and "
@@ -434,10 +434,11 @@ def parse(config_type, arguments, description, default=None):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-    # The first line is the box's title; what follows the last rule says where the help is.
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-    words = " ".join(" ".join(lines[1:]).translate(dict.fromkeys(map(ord, "│╭╮╰╯"))).split())
-    raise BadInput(re.sub(r" ?─+", ";", words).split("; For full helptext")[0])
+    # The first line is a title or a rule; what follows the last rule says where the help is.
+    lines = [line.strip(" │|") for line in box.getvalue().splitlines()]
+    words = " ".join(";" if set(line) <= set("─-╭╮╰╯+") else line for line in lines[1:])
+    words = re.sub(r"\s+", " ", words).replace(" ;", ";").split("; For full helptext")[0]
+    raise BadInput(words.strip("; "))
 
 
 def run(main):

@@ -3,13 +3,27 @@
 The tests that go over PAIRS or MODELS take a new pair function up the moment it has a name there.
 """
 
+import io
+import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import hsm
+import prepare_data
+import sample
+import train
 from hsm import GPT, PAIRS, BadInput, DelayLine, GPTConfig, KVCache, delay, receptive_field
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other are far slower
@@ -489,3 +503,737 @@ def test_a_checkpoint_of_another_shape_says_so():
     checkpoint = {"model": model.state_dict(), "config": vars(model.config) | {"n_embd": 32}}
     with pytest.raises(BadInput, match="does not fit"):
         hsm.model_from(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------
+# prepare_data.py
+
+
+def story(n_words, seed=0):
+    """Made-up text with something to learn: words of a small vocabulary, one with an accent."""
+    generator = np.random.default_rng(seed)
+    words = np.array(
+        re.findall(r"[^ ]+", "the cat sat on a mat and saw naïve dogs; then, it ran.\n")
+    )
+    return " ".join(words[generator.integers(len(words), size=n_words)])
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder: characters of a made-up story."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_data.prepare("file", write(folder / "story.txt", story(4000)), folder=folder / "ready")
+    return folder / "ready"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def has_gpt2():
+    try:
+        prepare_data.load_gpt2()
+    except BadInput:
+        return False
+    return True
+
+
+needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason="no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR")
+TOKENIZERS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2)]
+
+
+@pytest.mark.parametrize("chunk", [3, 50, 2**20])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_prepared_tokens_are_the_texts_tokens_however_it_is_read(
+    kind, chunk, tmp_path, monkeypatch
+):
+    text = story(500) + "\n\n  two  blanks \n<|endoftext|> 你好 🙂\r\n\tend   "
+    monkeypatch.setattr(prepare_data, "CHUNK", chunk)
+    path = write(tmp_path / "text.txt", text)
+    meta = prepare_data.prepare("file", path, kind, tmp_path / "out")
+    tokenizer = prepare_data.Tokenizer(prepare_data.read_meta(tmp_path / "out"))
+    head, tail = (prepare_data.open_tokens(tmp_path / "out", s, meta) for s in ("train", "val"))
+    size = len(text.encode())
+    train_text = text.encode()[: size * 9 // 10].decode("utf-8", "ignore")
+    assert head.tolist() == tokenizer.encode(train_text).tolist()
+    assert tail.tolist() == tokenizer.encode(text[len(train_text) :]).tolist()
+    assert tokenizer.decode(head) + tokenizer.decode(tail) == text
+    assert meta["train_bytes"] + meta["val_bytes"] == size
+    assert meta["bytes_per_token"] == pytest.approx(size / (len(head) + len(tail)), abs=1e-4)
+
+
+def test_shakespeare_splits_as_elsewhere_nine_tenths_of_the_characters(tmp_path):
+    write(tmp_path / "input.txt", "abcdefghi\n" * 111539 + "abcd")  # 1,115,394 bytes
+    meta = prepare_data.prepare("shakespeare", folder=tmp_path)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (1003854, 111540)
+
+
+def test_meta_names_the_sha256_of_the_source(tmp_path):
+    meta = prepare_data.prepare("file", write(tmp_path / "a.txt", "hello " * 10), folder=tmp_path)
+    assert meta["sha256"] == "895e4dd43de1abe1fa344c858372e8beece8e78b1debefc192a2b2c67f1295c3"
+
+
+def test_more_than_65536_characters_take_four_bytes_each(tmp_path):
+    text = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x14000)]))
+    folder = tmp_path / "out"
+    meta = prepare_data.prepare("file", write(tmp_path / "all.txt", text), folder=folder)
+    assert meta["dtype"] == "uint32" and meta["vocab_size"] == len(text) > 65536
+    numbers = prepare_data.open_tokens(folder, "val", meta)
+    assert prepare_data.Tokenizer(meta).decode(numbers) == text[-len(numbers) :]
+
+
+def test_a_folder_of_text_files_is_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, text in (("b.txt", "b" * 50), ("a.txt", "a" * 50), ("c.md", "c")):
+        write(tmp_path / "in" / name, text)
+    meta = prepare_data.prepare("file", tmp_path / "in", folder=tmp_path / "out")
+    tokens = prepare_data.open_tokens(tmp_path / "out", "train", meta)
+    assert prepare_data.Tokenizer(meta).decode(tokens) == "a" * 50 + "b" * 40
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_openwebtext_is_streamed_from_a_local_copy_and_max_docs_ends_it(form, tmp_path):
+    datasets = pytest.importorskip("datasets", reason='needs: pip install "datasets>=3,<6"')
+    rows = [{"text": f"document {i} " + story(20, i)} for i in range(9)]
+    source = tmp_path / f"docs.{form}"
+    if form == "jsonl":
+        write(source, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(source))
+    prepare_data.prepare("openwebtext", source, "char", tmp_path / "out", max_docs=7)
+    text = (tmp_path / "out" / "input.txt").read_text(encoding="utf-8")
+    assert text == "".join(row["text"] + "<|endoftext|>" for row in rows[:7])
+
+
+def test_the_standard_library_is_a_corpus_without_a_network(no_network, tmp_path):
+    meta = prepare_data.prepare("stdlib", folder=tmp_path)
+    assert meta["tokenizer"] == "byte" and meta["train_bytes"] > 5_000_000
+    assert "class JSONDecoder" in (tmp_path / "input.txt").read_text(encoding="utf-8")
+
+
+class Reply(io.BytesIO):
+    """What urlopen gives back."""
+
+    def __init__(self, content, length=None):
+        super().__init__(content)
+        self.headers = {"Content-Length": str(len(content) if length is None else length)}
+
+
+@pytest.mark.parametrize(
+    ("reply", "sha256", "words"),
+    [
+        (Reply(b"hello"), "1234", "sha256 differs"),
+        (Reply(b"hello", length=9), "", "broke off"),
+        (urllib.error.URLError("unreachable"), "", "cannot download .*unreachable.*stdlib"),
+        (TimeoutError("timed out"), "", "cannot download .*timed out"),
+    ],
+)
+def test_a_failed_download_says_so_and_leaves_nothing(reply, sha256, words, tmp_path, monkeypatch):
+    def urlopen(*_, timeout):
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(BadInput, match=words):
+        prepare_data.download("https://example.org/a", tmp_path / "input.txt", sha256)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_good_download_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Reply(b"hello"))
+    prepare_data.download("https://example.org/a", tmp_path / "input.txt")
+    assert (tmp_path / "input.txt").read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize("text", ["", "ROMEO: naïve 🙂", "\udce9"])  # the last: a stray byte
+def test_bytes_take_any_text(text):
+    tokenizer = prepare_data.Tokenizer({"tokenizer": "byte"})
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(tokens) == text.encode("utf-8", "surrogateescape")
+    assert (tokens < tokenizer.vocab_size).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py
+
+
+def small(data, out, **fields):
+    """A run of a few seconds."""
+    shape = {"vocab_size": 0, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    shape |= {name: fields.pop(name) for name in list(fields) if name in vars(GPTConfig())}
+    settings = {"steps": 12, "eval_interval": 5, "warmup": 2, "sample_tokens": 20, "batch_size": 4}
+    return train.TrainConfig(
+        model=GPTConfig(**shape), data=str(data), out=str(out), **settings | fields
+    )
+
+
+def checkpoints_equal(a, b):
+    """All tensors bit for bit, and all else but the clock."""
+    if isinstance(a, dict):
+        clock = {"seconds", "elapsed_s", "tokens_per_s", "out"}
+        return a.keys() == b.keys() and all(
+            checkpoints_equal(a[k], b[k]) for k in a if k not in clock
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(checkpoints_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def interrupt_at(monkeypatch, step):
+    """Press Ctrl-C in the middle of that step."""
+    update = train.Trainer.update
+
+    def update_and_press(trainer):
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGINT)
+        update(trainer)
+
+    monkeypatch.setattr(train.Trainer, "update", update_and_press)
+
+
+@pytest.mark.parametrize("mixers", MODELS)
+def test_resuming_after_ctrl_c_equals_an_uninterrupted_run_bit_for_bit(
+    mixers, data, tmp_path, monkeypatch, capsys
+):
+    fields = {"mixers": mixers, "dropout": 0.1, "grad_accum": 2}
+    assert train.train(small(data, tmp_path / "whole", **fields)).finished
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        assert not train.train(small(data, tmp_path / "cut", **fields)).finished
+    assert f"train.py --resume --out {tmp_path / 'cut'}" in capsys.readouterr().out
+    assert hsm.load_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 8  # the step was ended
+    assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 0  # flags come from there
+    for name in ("ckpt.pt", "best.pt"):
+        cut, whole = (hsm.load_checkpoint(tmp_path / run / name) for run in ("cut", "whole"))
+        assert checkpoints_equal(cut, whole)
+    assert sample.main(["--out", str(tmp_path / "cut"), "--tokens", "5"]) is None
+
+
+def test_a_finished_run_goes_on_with_more_steps(data, tmp_path):
+    train.train(small(data, tmp_path))
+    assert train.main(["--resume", "--out", str(tmp_path), "--steps", "15"]) == 0
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [0, 5, 10, 12, 15]
+    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 15
+
+
+def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp_path, capsys):
+    result = train.train(small(data, tmp_path))
+    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert rows == result.history
+    names = ["step", "train_loss", "val_loss", "val_bpb", "lr", "tokens_per_s", "elapsed_s"]
+    assert all(list(row) == names for row in rows)
+    assert rows[0]["val_loss"] == pytest.approx(math.log(result.model.config.vocab_size), abs=0.1)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    best = hsm.load_checkpoint(tmp_path / "best.pt")
+    assert best["best_loss"] == min(row["val_loss"] for row in rows) == result.best_loss
+    printed = capsys.readouterr().out
+    assert f"python sample.py --out {tmp_path}" in printed
+    assert f"{result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits a byte" in printed
+    assert hsm.layer_table(result.model) in printed
+
+
+def test_training_learns(data, tmp_path):
+    result = train.train(small(data, tmp_path, steps=150, n_embd=32, lr=1e-2, batch_size=16))
+    assert result.best_loss < 1.2 < 2.5 < result.history[0]["val_loss"]
+
+
+def test_a_second_run_keeps_the_first_one_in_previous(data, tmp_path):
+    first = train.train(small(data, tmp_path))
+    train.train(small(data, tmp_path, seed=2))
+    kept = hsm.load_checkpoint(tmp_path / "previous" / "best.pt")
+    assert kept["best_loss"] == first.best_loss
+    assert sorted(p.name for p in (tmp_path / "previous").iterdir()) == [
+        "best.pt",
+        "ckpt.pt",
+        "log.jsonl",
+        "loss.png",
+    ]
+
+
+def test_the_batch_of_a_step_depends_on_the_seed_and_the_step_alone(data):
+    meta = prepare_data.read_meta(data)
+    windows = train.Windows(data, "train", meta, 16, torch.device("cpu"))
+    batch = {(seed, n): windows.batch(4, seed, n)[0] for seed in (1, 2) for n in (0, 1, 2**33)}
+    assert torch.equal(batch[1, 1], windows.batch(4, 1, 1)[0])
+    different = {tuple(idx.flatten().tolist()) for idx in batch.values()}
+    assert len(different) == len(batch)
+
+
+def test_batches_are_the_corpus_and_targets_are_one_token_on(data, monkeypatch):
+    meta = prepare_data.read_meta(data)
+    device = torch.device("cpu")
+    tokens = torch.from_numpy(prepare_data.open_tokens(data, "train", meta).astype(np.int64))
+    in_memory = train.Windows(data, "train", meta, 16, device)
+    on_disk = train.Windows(data, "train", meta, 16, device)
+    on_disk.on_device, on_disk.tokens = False, prepare_data.open_tokens(data, "train", meta)
+    for windows in (in_memory, on_disk):
+        idx, targets = windows.at(torch.tensor([5, len(tokens) - 17]))
+        assert torch.equal(idx, torch.stack([tokens[5:21], tokens[-17:-1]]))
+        assert torch.equal(targets, torch.stack([tokens[6:22], tokens[-16:]]))
+        assert idx.dtype == torch.int64
+
+
+def test_every_place_of_the_corpus_can_be_drawn(data):
+    meta = prepare_data.read_meta(data)
+    windows = train.Windows(data, "train", meta, meta["train_tokens"] - 3, torch.device("cpu"))
+    firsts = set()
+    windows.at = lambda starts: firsts.update(starts.tolist())
+    for number in range(50):
+        windows.batch(4, 1, number)
+    assert firsts == {0, 1, 2}  # three windows of T + 1 tokens fit
+
+
+def test_evaluation_takes_all_windows_or_evenly_spread_ones(data):
+    meta = prepare_data.read_meta(data)
+    windows = train.Windows(data, "val", meta, 16, torch.device("cpu"))
+    every = windows.evenly(10**9)
+    assert every.tolist() == list(range(0, meta["val_tokens"] - 16, 16))
+    some = windows.evenly(160)
+    assert len(some) == 10 and set(some.tolist()) <= set(every.tolist())
+    assert some[1:].sub(some[:-1]).unique().numel() <= 2
+
+
+def test_matrices_decay_and_vectors_do_not():
+    for mixers in MODELS:
+        model = tiny(mixers, bias=True)
+        matrices, vectors = train.make_optimizer(
+            model, train.TrainConfig(), torch.device("cpu")
+        ).param_groups
+        assert matrices["weight_decay"] > 0 == vectors["weight_decay"]
+        names = {id(p): name for name, p in model.named_parameters()}
+        still = {names[id(p)].rpartition(".")[2] for p in vectors["params"]}
+        assert still <= {"a", "b", "weight", "bias"}
+        assert len(matrices["params"]) + len(vectors["params"]) == len(names)
+        assert all(names[id(p)].endswith("weight") for p in matrices["params"])
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
+    config = train.TrainConfig(steps=110, warmup=10, lr=1.0, lr_end=0.1)
+    rates = [train.learning_rate(config, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert (
+        rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    )
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_bits_a_byte_are_nats_a_token_over_ln_2_times_tokens_a_byte():
+    meta = {"val_tokens": 100, "val_bytes": 400}
+    assert prepare_data.bits_per_byte(4 * math.log(2), meta) == pytest.approx(1.0)
+
+
+def test_a_compiled_run_saves_the_plain_names(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    train.train(small(data, tmp_path / "fast", steps=5, compile=True))
+    train.train(small(data, tmp_path / "plain", steps=5))
+    fast, plain = (hsm.load_checkpoint(tmp_path / d / "ckpt.pt") for d in ("fast", "plain"))
+    assert fast["model"].keys() == plain["model"].keys()
+    assert all(
+        torch.allclose(fast["model"][k], plain["model"][k], atol=1e-5) for k in plain["model"]
+    )
+
+
+def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):
+    def backend(*_):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(BadInput, match="--no-compile"):
+        train.train(small(data, tmp_path, compile=True))
+
+
+def test_bfloat16_trains_and_the_weights_stay_float32(data, tmp_path):
+    result = train.train(small(data, tmp_path, dtype="bfloat16"))
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
+
+
+@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, "bfloat16"), (False, "float16")])
+def test_a_card_without_bfloat16_computes_in_float16(has_bfloat16, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert train.pick_dtype("auto", torch.device("cuda")) == getattr(torch, dtype)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(data, tmp_path):
+    train.train(small(data, tmp_path, steps=5))
+    with pytest.raises(BadInput, match="smaller --lr"):
+        train.main(["--resume", "--out", str(tmp_path), "--steps", "50", "--lr", "1e30"])
+    checkpoint = hsm.load_checkpoint(tmp_path / "ckpt.pt")
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+
+
+def test_train_prepares_its_corpus_from_input_txt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "shakespeare_char"
+    folder.mkdir(parents=True)
+    write(folder / "input.txt", story(2000))
+    train.train(small("data/shakespeare_char", "out"))
+    assert prepare_data.read_meta(folder)["corpus"] == "shakespeare"
+
+
+def test_without_shakespeare_and_network_training_takes_the_standard_library_and_says_so(
+    no_network, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    result = train.train(small("data/shakespeare_char", "out", eval_tokens=2000))
+    assert "standard library in its place" in capsys.readouterr().out
+    assert result.model.config.vocab_size == 256
+    assert train.main(["--resume", "--out", "out", "--steps", "14"]) == 0  # it knows where to look
+
+
+# ------------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """The folder of a small trained hybrid."""
+    out = tmp_path_factory.mktemp("out")
+    train.train(small(data, out, mixers="ab,softmax", steps=60))
+    return str(out)
+
+
+def sampled(capsys, *arguments):
+    capsys.readouterr()  # what came before
+    sample.main(list(arguments))
+    return capsys.readouterr()
+
+
+def test_greedy_text_is_the_same_with_and_without_naive(trained, capsys):
+    flags = ["--out", trained, "--tokens", "60", "--temperature", "0", "--prompt", "the cat"]
+    streamed, naive = sampled(capsys, *flags), sampled(capsys, *flags, "--naive")
+    assert streamed.out == naive.out
+    assert streamed.out.startswith("the cat") and len(streamed.out) == 7 + 60 + 1
+
+
+def test_the_same_seed_gives_the_same_text(trained, capsys):
+    one, again, other = (
+        sampled(capsys, "--out", trained, "--seed", seed).out for seed in ("1", "1", "2")
+    )
+    assert one == again != other
+
+
+def test_a_prompt_from_a_file_and_an_empty_one_work(trained, capsys, tmp_path):
+    file = write(tmp_path / "prompt.txt", "naïve")
+    flags = ["--out", trained, "--tokens", "4"]
+    assert sampled(capsys, *flags, "--prompt-file", str(file)).out.startswith("naïve")
+    assert len(sampled(capsys, *flags).out) == 4 + 1
+    assert sampled(capsys, *flags[:2], "--prompt", "the", "--tokens", "0").out == "the\n"
+
+
+def test_after_the_text_comes_a_line_on_speed_and_state(trained, capsys):
+    line = sampled(capsys, "--out", trained, "--tokens", "50").err.splitlines()[-1]
+    model, _ = sample.load(trained)
+    assert re.search(r"[\d,]+ tokens/s; first token after [\d.]+ ms", line)
+    assert f"state {model.state_bytes(1, 51):,} bytes" in line
+    assert f"{2 * 3 * 16 * 51 * 4:,}]" in line  # K and V, 3 layers, 16 wide, 51 tokens, float32
+
+
+def test_half_characters_wait_for_their_other_half(tmp_path, capsys):
+    folder = tmp_path / "data"
+    text = write(tmp_path / "a.txt", "你好🙂" * 300)
+    prepare_data.prepare("file", text, "byte", folder)
+    train.train(small(folder, tmp_path / "out", steps=60, n_embd=32, lr=1e-2))
+    printed = sampled(
+        capsys, "--out", str(tmp_path / "out"), "--prompt", "你好", "--temperature", "0"
+    )
+    assert "🙂" in printed.out and printed.out.count("\ufffd") <= 1  # the end may cut one
+
+
+@needs_gpt2
+def test_gpt2_tokens_train_and_sample(tmp_path, capsys):
+    text = write(tmp_path / "a.txt", "One day a cat sat down. <|endoftext|>" * 60)
+    prepare_data.prepare("file", text, "gpt2", tmp_path / "data")
+    train.train(small(tmp_path / "data", tmp_path / "out", steps=30, lr=1e-2))
+    printed = sampled(capsys, "--out", str(tmp_path / "out"), "--prompt", "One day")
+    assert printed.out.startswith("One day")
+
+
+def test_a_long_text_needs_no_more_memory_than_a_short_one():
+    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=4, n_embd=16, pos_emb="none"))
+    cache = model.init_cache(1)
+    sizes = set()
+    with torch.no_grad():
+        for _ in range(100):
+            model(tokens(1, 20), cache=cache)
+            sizes.add(sum(line.ring.numel() for state in cache.layers for line in state))
+    assert sizes == {model.state_bytes(1, 10**6) // 4}
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one line that says what was wrong, exit status 2, nothing half-written
+
+
+def refused(capsys, module, *arguments):
+    """The one line that a command prints when it refuses its arguments."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run(lambda: module.main(list(map(str, arguments))))
+    printed = capsys.readouterr()
+    lines = [line for line in re.split(r"[\n\r]", printed.err) if line.strip()]
+    lines = [
+        line for line in lines if not re.search(r"\d%\||[\d?](chunk|B|step)[/ ]", line)
+    ]  # bars
+    assert end.value.code == 2, printed
+    assert len(lines) == 1, printed
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quik"], "quik.*quick, shakespeare, tinystories, openwebtext"),
+        (["--mixers", "abc"], "unknown mixer 'abc'.*ab, vec, matrix.*softmax"),
+        (["--n-layr", "5"], "--n-layr.*Perhaps.*--n-layer"),
+        (["--n_layr", "5"], "--n_layr.*Perhaps.*--n-layer"),
+        (["--shifts", "1,x"], "1,x"),
+        (["--shifts", "0"], "from 1"),
+        (["--n-embd", "30"], "multiple of n_head"),
+        (["--n-layer", "0"], "n_layer must be at least 1"),
+        (["--n-layer", "two"], "n-layer.*two"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "-3"], "steps must be at least 1"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--grad-accum", "0"], "grad_accum must be at least 1"),
+        (["--eval-interval", "0"], "eval_interval must be at least 1"),
+        (["--eval-tokens", "5"], "eval_tokens"),
+        (["--lr", "0"], "lr must be over 0"),
+        (["--lr", "nan"], "lr must be over 0"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+        (["--beta2", "1"], "beta2"),
+        (["--dropout", "1"], "dropout"),
+        (["--device", "tpu"], "tpu.*auto.*cpu"),
+        (["--dtype", "int8"], "int8.*float32"),
+        (["--dtype", "float16", "--device", "cpu"], "float16 does not train on a CPU"),
+        (["--block-size", "100000", "--eval-tokens", "100000"], "block_size=100000"),
+        (["--vocab-size", "3"], "vocab_size=3"),
+        (["--data", "nowhere"], "nowhere has no meta.json.*prepare_data.py"),
+        (["--resume", "--out", "nowhere"], "no checkpoint nowhere.*train one first"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_refuses(arguments, words, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    at = [] if "--data" in arguments else ["--data", data]
+    head = arguments[:1] if not arguments[0].startswith("-") else []
+    line = refused(capsys, train, *head, *at, *arguments[len(head) :])
+    assert re.search(words, line), line
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("module", [train, sample])
+def test_a_device_that_is_not_there_is_refused(module, trained, data, capsys):
+    line = refused(capsys, module, "--device", "cuda", "--out", trained)
+    assert "no cuda device" in line and "cpu" in line
+
+
+def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, capsys):
+    write(tmp_path / "file", "in the way")
+    assert "cannot write" in refused(
+        capsys, train, "--data", data, "--out", tmp_path / "file" / "x"
+    )
+    source = write(tmp_path / "a.txt", story(100))
+    refused(capsys, prepare_data, "file", source, "--out", tmp_path / "file" / "x")
+    assert (tmp_path / "file").read_text("utf-8") == "in the way"
+
+
+def damage(folder, how):
+    """A copy of a prepared folder, damaged."""
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    if how == "odd size":
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
+    elif how == "missing":
+        (folder / "val.bin").unlink()
+    elif how == "meta cut off":
+        write(folder / "meta.json", json.dumps(meta)[:50])
+    elif how == "meta is a list":
+        write(folder / "meta.json", "[]")
+    elif how == "meta claims more":
+        write(folder / "meta.json", json.dumps(meta | {"train_tokens": 10**12}))
+    elif how == "no vocabulary":
+        write(folder / "meta.json", json.dumps(meta | {"vocab": "zzz"}))
+    elif how == "beyond the vocabulary":
+        (folder / "train.bin").write_bytes(b"\xff\xff" * meta["train_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("odd size", "train.bin has .* bytes, meta.json says"),
+        ("missing", "val.bin is missing"),
+        ("meta cut off", "meta.json is damaged"),
+        ("meta is a list", "meta.json is damaged"),
+        ("meta claims more", "train.bin has .* bytes, meta.json says"),
+        ("no vocabulary", "meta.json is damaged"),
+        ("beyond the vocabulary", "token 65535, beyond its vocabulary"),
+    ],
+)
+def test_damaged_data_are_refused(how, words, tmp_path, capsys):
+    prepare_data.prepare("file", write(tmp_path / "a.txt", story(500)), folder=tmp_path / "data")
+    damage(tmp_path / "data", how)
+    line = refused(capsys, train, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert re.search(words, line), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"ab", "too short .2 bytes"),
+        (b"good text \xff bad", "not UTF-8 text .near byte 10"),
+        (b"cut in a character " * 5 + "ü".encode()[:1], "not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_prepare_refuses_files_that_are_no_text(content, words, tokenizer, tmp_path, capsys):
+    source = write(tmp_path / "a.txt", content)
+    out = tmp_path / "out"
+    line = refused(capsys, prepare_data, "file", source, "--tokenizer", tokenizer, "--out", out)
+    assert re.search(words, line), line
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "corpus"),
+        (["shakespear"], "shakespear.*shakespeare.*file"),
+        (["file"], "say which file"),
+        (["file", "nowhere.txt"], "no file or folder nowhere.txt"),
+        (["file", "."], "no .txt files"),
+        (["stdlib", "extra"], "one word too many"),
+        (["stdlib", "--tokenizer", "words"], "words.*char.*byte.*gpt2"),
+        (["openwebtext", "--max-docs", "-1"], "max-docs"),
+        (["shakespeare"], "cannot download.*input.txt"),
+    ],
+)
+def test_prepare_refuses(arguments, words, no_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, prepare_data, *arguments)
+    assert re.search(words, line), line
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_gpt2_without_a_network_says_what_to_do(monkeypatch, tmp_path, capsys):
+    import tiktoken
+
+    def refuse(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    source = write(tmp_path / "a.txt", story(100))
+    out = tmp_path / "out"
+    line = refused(capsys, prepare_data, "file", source, "--tokenizer", "gpt2", "--out", out)
+    assert "TIKTOKEN_CACHE_DIR" in line and "--tokenizer char" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "-1"], "--tokens"),
+        (["--temperature", "-0.5"], "temperature"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--prompt", "Ж"], "'Ж' is not among"),
+        (["--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--topk", "3"], "--topk.*Perhaps.*--top-k"),
+        (["--out", "nowhere"], "no checkpoint nowhere"),
+    ],
+)
+def test_sample_refuses(arguments, words, trained, capsys):
+    line = refused(capsys, sample, "--out", trained, *arguments)
+    assert re.search(words, line), line
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(trained, tmp_path, capsys):
+    file = write(tmp_path / "a.txt", b"\xff\xfe")
+    assert "not UTF-8" in refused(capsys, sample, "--out", trained, "--prompt-file", file)
+
+
+def test_resume_and_sample_refuse_checkpoints_cut_off_or_of_others(data, tmp_path, capsys):
+    train.train(small(data, tmp_path))
+    whole = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "best.pt")}
+    commands = {"ckpt.pt": (train, "--resume"), "best.pt": (sample,)}
+    for name, (module, *flags) in commands.items():
+        for content in (whole[name][:3000], b"hello"):
+            (tmp_path / name).write_bytes(content)
+            assert "is no checkpoint" in refused(capsys, module, "--out", tmp_path, *flags)
+        hsm.save_checkpoint(tmp_path / name, model={}, config={})
+        assert "not a checkpoint of train.py" in refused(capsys, module, "--out", tmp_path, *flags)
+
+
+def test_resume_refuses_another_shape_or_other_data_and_touches_nothing(data, tmp_path, capsys):
+    train.train(small(data, tmp_path / "out"))
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    resume = ["--resume", "--out", tmp_path / "out"]
+    assert "n_layer=3, not 4" in refused(capsys, train, *resume, "--n-layer", 4)
+    assert "mixers=ab, not vec" in refused(capsys, train, *resume, "--mixers", "vec")
+    assert "at step 12 already" in refused(capsys, train, *resume, "--steps", 5)
+    prepare_data.prepare("file", write(tmp_path / "b.txt", story(999, 1)), folder=tmp_path / "b")
+    assert "other data" in refused(capsys, train, *resume, "--data", tmp_path / "b")
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------
+# As a user: real processes
+
+
+HERE = Path(__file__).parent
+
+
+def command(*arguments, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "0"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def test_the_three_commands_as_a_user_types_them_and_ctrl_c_between(tmp_path):
+    write(tmp_path / "novel.txt", story(3000))
+    small = "--n-layer 2 --n_embd 16 --n-head 2 --block-size 16 --eval-interval 1 --batch-size 4"
+    prepare = command(
+        HERE / "prepare_data.py", "file", "novel.txt", "--out", "data/n", cwd=tmp_path
+    )
+    out, _ = prepare.communicate(timeout=60)
+    assert prepare.returncode == 0 and "tokens to train on" in out
+    flags = f"--data data/n --out out --steps 100000 {small}".split()
+    training = command(HERE / "train.py", *flags, cwd=tmp_path)
+    for _ in range(4):  # it lives: the line on the model, then evaluations
+        assert training.stdout.readline()
+    training.send_signal(signal.SIGINT)
+    out, _ = training.communicate(timeout=60)
+    assert training.returncode == 130
+    assert "python train.py --resume --out out" in out
+    writing = command(HERE / "sample.py", "--out", "out", "--tokens", "20", cwd=tmp_path)
+    out, line = writing.communicate(timeout=60)
+    assert writing.returncode == 0 and len(out) == 21 and "tokens/s" in line
+
+
+@pytest.mark.parametrize("name", ["prepare_data.py", "train.py", "sample.py"])
+def test_help_shows_fields_with_defaults_and_what_they_mean(name, capsys):
+    module = sys.modules[name.removesuffix(".py")]
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "default:" in printed and "--out" in printed

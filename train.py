@@ -534,6 +534,8 @@ def train(config):
     trainer = Trainer(config, meta, device)
     if saved is not None:
         trainer.load(saved)
+        if trainer.step > config.steps:
+            raise BadInput(f"{out} is at step {trainer.step} already; give more --steps than that")
         print(f"going on at step {trainer.step:,} of {config.steps:,}")
     make_out(config)
     name = f"{config.model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
