@@ -1,0 +1,113 @@
+"""Measure the defaults: each pair function's initial weights, weight decay, learning rate.
+
+    python results/defaults.py           train what results/logs/defaults.jsonl has not yet
+    python results/defaults.py --table   print the log as a table
+
+A run is the quick preset with one thing changed and 1000 steps (about 100 seconds on one core).
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import train as trainer  # noqa: E402
+
+LOG = HERE / "logs" / "defaults.jsonl"
+STEPS = 1000
+
+
+def matrices(std, identity=0.0):
+    """Draw a pair function's matrices anew with this std, and add a multiple of the identity."""
+
+    def change(pair):
+        for weight in pair.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=std).add_(identity * torch.eye(len(weight)))
+
+    return change
+
+
+def taps(a, b):
+    """Start (a, b) at these numbers."""
+
+    def change(pair):
+        pair.a.fill_(a), pair.b.fill_(b)
+
+    return change
+
+
+# A row: mixer, what is changed, how its pair functions are, fields of the run.
+RUNS = [
+    ("ab", "as it is: a = b = 0.5", None, {}),
+    ("ab", "a = 1, b = 0", taps(1.0, 0.0), {}),
+    ("ab", "a = b = 1", taps(1.0, 1.0), {}),
+    ("vec", "as it is: a = b = 0.5", None, {}),
+    ("matrix", "as it is: std 0.02", None, {}),
+    ("matrix", "std 0.09 (variance kept)", matrices(0.09), {}),
+    ("matrix", "identity / 2 + std 0.02", matrices(0.02, 0.5), {}),
+    ("gate1", "as it is: std 0.02", None, {}),
+    ("gate1", "std 0.09", matrices(0.09), {}),
+    ("gate2", "as it is: std 0.02", None, {}),
+    ("gate2", "std 0.09", matrices(0.09), {}),
+    ("fusion", "as it is: std 0.02", None, {}),
+    ("fusion", "std 0.09", matrices(0.09), {}),
+    ("mult", "as it is: std 0.02", None, {}),
+    ("mult", "std 0.09", matrices(0.09), {}),
+    ("ab", "weight decay 0", None, {"weight_decay": 0.0}),
+    ("ab", "weight decay 0.3", None, {"weight_decay": 0.3}),
+    ("ab", "learning rate 4e-3", None, {"lr": 4e-3}),
+    ("ab", "learning rate 1.2e-2", None, {"lr": 1.2e-2}),
+]
+
+
+def measure(mixer, change, fields):
+    """Train the quick preset with these changes; returns the rows of its evaluations."""
+
+    def build(config):
+        model = GPT(config)
+        for block in model.blocks if change else ():
+            with torch.no_grad():
+                change(block.mixer.pair)
+        return model
+
+    GPT, trainer.GPT = trainer.GPT, build
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            quick = trainer.PRESETS["quick"]
+            model = replace(quick.model, mixers=mixer)
+            run = {"steps": STEPS, "eval_interval": STEPS, "sample_tokens": 0, "device": "cpu"}
+            return trainer.train(replace(quick, model=model, out=out, **run | fields)).history
+    finally:
+        trainer.GPT = GPT
+
+
+def read_log():
+    """The rows of the log, by mixer and change."""
+    if not LOG.exists():
+        return {}
+    rows = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
+    return {(row["mixer"], row["change"]): row for row in rows}
+
+
+def main():
+    if "--table" in sys.argv:
+        print("| mixer | start | validation loss after 1000 steps |\n| --- | --- | --- |")
+        for (mixer, what), row in read_log().items():
+            print(f"| {mixer} | {what} | {row['val_loss']:.4f} |")
+        return
+    for mixer, what, change, fields in RUNS:
+        if (mixer, what) not in read_log():
+            last = measure(mixer, change, fields)[-1]
+            row = {"mixer": mixer, "change": what, "torch": torch.__version__, "seed": 1} | last
+            with open(LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
