@@ -38,6 +38,7 @@ README lists what we chose where we could not know.
 
 import math
 import os
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -203,6 +204,10 @@ class BadInput(ValueError):
     """What the person at the keyboard can put right. The command lines print it and exit with 2."""
 
 
+LARGEST = dict.fromkeys(("vocab_size", "block_size", "n_embd", "d_ff"), 2**24)
+LARGEST |= {"n_layer": 1000, "n_head": 1000}
+
+
 @dataclass
 class GPTConfig:
     """The shape of a model. Raises BadInput (a ValueError) where the fields contradict."""
@@ -222,12 +227,12 @@ class GPTConfig:
     bias: bool = False  # constants in linear maps and norms
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("vocab_size", "d_ff"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "d_ff"):
+            value, least = getattr(self, name), int(name not in ("vocab_size", "d_ff"))
+            if not isinstance(value, int) or value < least:
+                raise BadInput(f"{name} must be at least {least}, not {value!r}")
+            if value > LARGEST[name]:  # a stranger's checkpoint may say anything
+                raise BadInput(f"{name}={value} is beyond {LARGEST[name]}, the most we build")
         if self.n_embd % self.n_head:
             raise BadInput(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.pos_emb not in ("learned", "rope", "none"):
@@ -268,7 +273,7 @@ class GPTConfig:
             ladder = [int(s) for s in self.shifts.split(",")]
         except ValueError:
             ladder = []
-        if not ladder or min(ladder) < 1:
+        if not ladder or min(ladder) < 1 or max(ladder) > LARGEST["block_size"]:
             raise BadInput(
                 f"shifts must be layer, heads, or numbers from 1 like 1,2,4,8; not {self.shifts!r}"
             )
@@ -665,12 +670,19 @@ def layer_table(model):
 # Checkpoints: tensors and plain types, so that loading one runs nobody's code
 
 
+def first_line(error):
+    """The first line of an error's text: ours are messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`; it becomes `path` at the end, or is gone on error."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
@@ -679,9 +691,16 @@ def atomic_write(path):
 
 
 def save_checkpoint(path, **items):
-    """Write items (tensors, state dicts, plain types) to path, whole or not at all."""
-    with atomic_write(path) as temporary:
-        torch.save(items, temporary)
+    """Write items (tensors, state dicts, plain types) to path, whole or not at all.
+
+    Raises BadInput if the system refuses (a full disk); an earlier file at path then stays whole.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(items, temporary)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        reason = first_line(error.__context__ if isinstance(error, RuntimeError) else error)
+        raise BadInput(f"cannot write {path} ({reason}); what was there before is whole") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -689,22 +708,36 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise BadInput(f"there is no checkpoint {path}; train one first: python train.py")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            if file.testzip() or any(i.compress_type for i in file.infolist()):
+                raise ValueError("damaged, or packed into more than it looks")
         items = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # zip, pickle and torch each have errors of their own for torn files
-        raise BadInput(f"{path} is no checkpoint of ours, or it is cut off") from error
-    if not isinstance(items, dict) or not {"model", "config"} <= items.keys():
+        raise BadInput(f"{path} is no checkpoint of ours, or it is damaged or cut off") from error
+    if not isinstance(items, dict) or not all(
+        isinstance(items.get(name), dict) for name in ("model", "config")
+    ):
         raise BadInput(f"{path} is no checkpoint of ours: it has no model and config")
     return items
 
 
 def model_from(checkpoint, device="cpu"):
-    """The GPT in a checkpoint, ready to run on `device`."""
+    """The GPT in a checkpoint, ready to run on `device`.
+
+    Raises BadInput if weights and configuration do not fit each other; this is found out on the
+    meta device, before memory is taken for what a stranger's file claims.
+    """
     try:
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:  # unknown fields; missing or misshapen tensors
-        first = str(error).splitlines()[0]
-        raise BadInput(f"the checkpoint does not fit this version of hsm.py: {first}") from error
+        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        with torch.device("meta"):
+            claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
+        if claimed != {name: w.shape for name, w in state.items() if w.isfinite().all()}:
+            raise BadInput("its weights are not those of its configuration, or not finite")
+        model = GPT(config)
+        model.load_state_dict(state)
+    except (TypeError, AttributeError, RuntimeError, BadInput) as error:
+        reason = first_line(error)
+        raise BadInput(f"the checkpoint does not fit this version of hsm.py: {reason}") from error
     return model.to(device)

@@ -321,6 +321,8 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
         tokenizer = CORPORA[corpus].tokenizer
     folder = Path(folder or f"data/{corpus}_{tokenizer}")
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.tmp"):  # half-written by a run that was killed
+        path.unlink()
     files = text_files(corpus, source, folder, max_docs)
     total = sum(path.stat().st_size for path in files)
     if not total:

@@ -706,10 +706,10 @@ def test_resuming_after_ctrl_c_equals_an_uninterrupted_run_bit_for_bit(
     mixers, data, tmp_path, monkeypatch, capsys
 ):
     fields = {"mixers": mixers, "dropout": 0.1, "grad_accum": 2}
-    assert train.train(small(data, tmp_path / "whole", **fields)).finished
+    assert train.train(small(data, tmp_path / "whole", **fields)).stopped_by == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7)
-        assert not train.train(small(data, tmp_path / "cut", **fields)).finished
+        assert train.train(small(data, tmp_path / "cut", **fields)).stopped_by == signal.SIGINT
     assert f"train.py --resume --out {tmp_path / 'cut'}" in capsys.readouterr().out
     assert hsm.load_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 8  # the step was ended
     assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 0  # flags come from there
@@ -731,7 +731,16 @@ def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp
     result = train.train(small(data, tmp_path))
     rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
     assert rows == result.history
-    names = ["step", "train_loss", "val_loss", "val_bpb", "lr", "tokens_per_s", "elapsed_s"]
+    names = [
+        "step",
+        "train_loss",
+        "val_loss",
+        "val_bpb",
+        "lr",
+        "tokens_per_s",
+        "elapsed_s",
+        "skipped",
+    ]
     assert all(list(row) == names for row in rows)
     assert rows[0]["val_loss"] == pytest.approx(math.log(result.model.config.vocab_size), abs=0.1)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -1237,3 +1246,14 @@ def test_help_shows_fields_with_defaults_and_what_they_mean(name, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert "default:" in printed and "--out" in printed
+
+
+def test_the_readmes_own_mixer_runs_and_its_commands_name_real_files(tmp_path):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    running = command("-c", example, cwd=HERE)
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert out.count("max") == GPTConfig().n_layer
+    for name in re.findall(r"python ([\w/]+\.py)", readme) + re.findall(r"\]\(([\w/.]+)\)", readme):
+        assert (HERE / name).exists(), name

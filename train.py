@@ -9,7 +9,8 @@ The way of the data: DIR/train.bin lies on the device (or stays on the disk, if 
 the batch of step n is windows at random places that depend on the seed and n alone, so a resumed
 run sees what an undisturbed one would have seen. Every evaluation takes the same windows of
 DIR/val.bin and writes OUT/ckpt.pt (the last state), OUT/best.pt (the lowest validation loss) and
-OUT/log.jsonl, each whole or not at all; the end adds OUT/loss.png and a sample.
+OUT/log.jsonl, each whole or not at all; the end adds OUT/loss.png and a sample. Several GPUs of one
+machine:  torchrun --standalone --nproc_per_node=2 train.py shakespeare
 
 From a notebook:  result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
 """
@@ -22,14 +23,17 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import tyro
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from hsm import (
@@ -37,6 +41,7 @@ from hsm import (
     BadInput,
     GPTConfig,
     atomic_write,
+    first_line,
     layer_table,
     load_checkpoint,
     model_from,
@@ -63,7 +68,7 @@ class TrainConfig:
     )
     data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
     out: str = "out/quick"  # folder for checkpoints, log and picture
-    steps: int = 2600  # updates of the weights
+    steps: int = 2200  # updates of the weights
     batch_size: int = 16  # sequences in a batch
     grad_accum: int = 1  # batches added up for an update, where memory allows no larger ones
     lr: float = 8e-3  # highest learning rate
@@ -218,14 +223,14 @@ class Windows:
         window = window.long()
         return window[:, :-1], window[:, 1:]
 
-    def batch(self, size, seed, number):
-        """Random windows: the batch with this number, whatever was drawn before.
+    def batch(self, size, seed, number, rank=0, n_ranks=1):
+        """Random windows: the batch with this number, whatever was drawn before; a rank's share.
 
         NumPy seeds with both numbers; a torch.Generator on the CPU takes 32 bits in all.
         """
         n_starts = self.n_tokens - len(self.offsets) + 1
         starts = np.random.default_rng((seed, number)).integers(n_starts, size=size)
-        return self.at(torch.from_numpy(starts))
+        return self.at(torch.from_numpy(starts[rank::n_ranks].copy()))
 
     def evenly(self, n_tokens):
         """Starts of windows side by side, or evenly spread where all are over n_tokens."""
@@ -286,15 +291,21 @@ def make_optimizer(model, config, device):
 # ------------------------------------------------------------------------------------------------
 # The run
 
+TOO_MANY = 10  # steps in a row whose gradients are not finite
+
 
 class Trainer:
     """All that changes while a model trains: a checkpoint holds it all, so a run can go on.
 
-    config: a TrainConfig whose vocab_size is known.  meta: of its data.
+    config: a TrainConfig whose vocab_size is known.  meta: of its data.  rank, n_ranks: which of
+    how many processes this is; each takes its share of every batch, and gradients are averaged.
     """
 
-    def __init__(self, config, meta, device):
+    def __init__(self, config, meta, device, rank=0, n_ranks=1):
         self.config, self.meta, self.device = config, meta, device
+        self.rank, self.n_ranks = rank, n_ranks
+        if config.batch_size % n_ranks:
+            raise BadInput(f"batch_size={config.batch_size} does not divide by {n_ranks} processes")
         T = config.model.block_size
         self.data = Windows(config.data, "train", meta, T, device)
         self.val = Windows(config.data, "val", meta, T, device)
@@ -303,13 +314,24 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
-        self.compiled = torch.compile(self.model) if config.compile else self.model
+        # To shard a model that one device cannot hold (FSDP), two lines in place of the next two:
+        #   for module in (*self.model.blocks, self.model): fully_shard(module)
+        #   self.replica = self.model
+        several = n_ranks > 1
+        self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
+        self.compiled = torch.compile(self.replica) if config.compile else self.replica
         self.optimizer = make_optimizer(self.model, config, device)
-        # float16 reaches from 6e-8 to 65504: its gradients are scaled up to just below the overflow
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        # It leaves a step out, without waiting for the device, if a gradient is not finite. In
+        # float16, from 6e-8 to 65504, it also scales the loss up to just below the overflow.
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16 if self.dtype == torch.float16 else 1.0
+        )
         self.step, self.history, self.best_loss = 0, [], math.inf
-        self.loss_sum, self.n_losses = torch.zeros((), device=device), 0  # since the last look
+        # Sum and number of the losses since the last evaluation; steps left out because a gradient
+        # was not finite, in the whole run, and how many of them are the latest in a row.
+        self.tally = torch.zeros(4, device=device)
         self.seconds_before, self.began, self.n_steps = 0.0, time.perf_counter(), 0
+        torch.manual_seed(config.seed + rank)  # dropout differs between ranks
 
     @property
     def seconds(self):
@@ -324,42 +346,75 @@ class Trainer:
 
     def update(self):
         """One step: gradients of grad_accum batches, clipped, then AdamW. Never waits."""
-        config = self.config
+        config, total = self.config, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         for i in range(config.grad_accum):
             number = self.step * config.grad_accum + i
-            loss = self.loss(*self.data.batch(config.batch_size, config.seed, number))
-            self.scaler.scale(loss / config.grad_accum).backward()
-            self.loss_sum += loss.detach()
-            self.n_losses += 1
-        if config.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            batch = self.data.batch(config.batch_size, config.seed, number, self.rank, self.n_ranks)
+            more_to_come = self.n_ranks > 1 and i < config.grad_accum - 1
+            with self.replica.no_sync() if more_to_come else nullcontext():
+                loss = self.loss(*batch) / config.grad_accum
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        longest = config.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        self.scaler.step(self.optimizer)  # does nothing if a gradient is not finite
+        is_half = self.dtype == torch.float16
+        self.scaler.update(None if is_half else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.n_steps += 1
+        good = (total if is_half else norm).isfinite()  # an overflow in float16 is the scaler's
+        loss_sum, n, skipped, in_a_row = self.tally
+        loss_sum = loss_sum + torch.where(good, total, 0.0)
+        self.tally = torch.stack(
+            [loss_sum, n + good, skipped + ~good, torch.where(good, 0.0, in_a_row + 1)]
+        )
 
-    def train_loss(self):
-        """Mean training loss since the last evaluation, or None. Waits for the device."""
-        return self.loss_sum.item() / self.n_losses if self.n_losses else None
+    def highest(self, number):
+        """The largest of all processes' numbers."""
+        if self.n_ranks == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.item()
+
+    def look(self):
+        """(mean loss since the last evaluation or None, left-out steps). Waits for the device.
+
+        Raises BadInput when too many steps in a row were left out: that does not mend itself.
+        """
+        tally = self.tally.clone()
+        if self.n_ranks > 1:
+            dist.all_reduce(tally)
+        loss_sum, n, skipped, in_a_row = (tally / self.n_ranks).tolist()
+        if in_a_row >= TOO_MANY:
+            raise BadInput(
+                f"the loss or its gradients were not finite {in_a_row:.0f} steps in a row, up to "
+                f"step {self.step}; {self.config.out}/ckpt.pt is from before. Try a smaller --lr, "
+                "a longer --warmup, or --dtype float32"
+            )
+        return loss_sum / n if n else None, round(skipped)
 
     @torch.no_grad()
     def val_loss(self):
         """Mean loss over the fixed validation windows, in nats a token."""
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        for starts in self.val_starts.split(self.config.batch_size):
+        share = self.val_starts[self.rank :: self.n_ranks]
+        for starts in share.split(self.config.batch_size):
             total += self.loss(*self.val.at(starts)) * len(starts)
         self.model.train()
+        if self.n_ranks > 1:
+            dist.all_reduce(total)
         return total.item() / len(self.val_starts)
 
     def evaluate(self):
         """Measure, log and save. Returns the new row of log.jsonl."""
         config, out = self.config, Path(self.config.out)
-        train_loss = self.train_loss()  # waits, so that the clock sees the steps' work
+        train_loss, n_skipped = self.look()  # waits, so that the clock sees the steps' work
         tokens = self.n_steps * config.grad_accum * config.batch_size * config.model.block_size
         speed = tokens / (time.perf_counter() - self.began)
         val_loss = self.val_loss()
@@ -376,16 +431,18 @@ class Trainer:
             "lr": learning_rate(config, max(0, self.step - 1)),
             "tokens_per_s": round(speed),
             "elapsed_s": round(self.seconds, 2),
+            "skipped": n_skipped,
         }
         self.history.append(row)
-        self.loss_sum.zero_()
-        self.n_losses = 0
-        with atomic_write(out / "log.jsonl") as path, open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.history)
-        if val_loss < self.best_loss:
-            self.best_loss = val_loss
-            save_checkpoint(out / "best.pt", **self.what_it_is())
-        self.save()
+        self.tally[:2] = 0
+        is_best = val_loss < self.best_loss
+        self.best_loss = min(val_loss, self.best_loss)
+        if self.rank == 0:
+            with atomic_write(out / "log.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.history)
+            if is_best:
+                save_checkpoint(out / "best.pt", **self.what_it_is())
+            self.save()
         return row
 
     def what_it_is(self):
@@ -402,14 +459,18 @@ class Trainer:
 
     def save(self):
         """Write OUT/ckpt.pt: what it is, and all that training goes on from."""
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise BadInput(
+                f"the weights are not finite at step {self.step}; {self.config.out}/ckpt.pt is "
+                "from before. Try a smaller --lr"
+            )
         save_checkpoint(
             Path(self.config.out) / "ckpt.pt",
             **self.what_it_is(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             history=self.history,
-            loss_sum=self.loss_sum.item(),
-            n_losses=self.n_losses,
+            tally=self.tally.cpu(),
             seconds=self.seconds,
             rng=torch.get_rng_state(),  # dropout draws from it
             rng_cuda=torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
@@ -431,55 +492,72 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
-            torch.set_rng_state(checkpoint["rng"])
-            if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(checkpoint["rng_cuda"])
-            for name in ("step", "history", "best_loss", "n_losses"):
+            if self.rank == 0:
+                torch.set_rng_state(checkpoint["rng"])
+                if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
+                    torch.cuda.set_rng_state(checkpoint["rng_cuda"])
+            else:  # only rank 0 saves; the others' dropout goes on with new numbers
+                torch.manual_seed(config.seed + self.rank + config.steps * checkpoint["step"])
+            for name in ("step", "history", "best_loss"):
                 setattr(self, name, checkpoint[name])
-            self.loss_sum += checkpoint["loss_sum"]
+            self.tally += checkpoint["tally"].to(self.device)
             self.seconds_before = checkpoint["seconds"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            first = (str(error).splitlines() or [""])[0]
-            raise BadInput(f"the checkpoint in {config.out} is not a whole one: {first}") from error
+            raise BadInput(
+                f"the checkpoint in {config.out} is not a whole one: {first_line(error)}"
+            ) from error
 
 
-@contextmanager
-def stop_on_ctrl_c():
-    """Yield an Event that Ctrl-C sets, so that the step can end. A second Ctrl-C ends at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may have handlers
-        return
+class Stop:
+    """Ctrl-C and SIGTERM ask the run to stop after the step; a second Ctrl-C ends it at once.
 
-    def handler(*_):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+    A context manager. signal: the number of the signal that came, or 0.
+    """
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # others may have no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, _):
+        if number == self.signal == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt  # torchrun repeats a Ctrl-C by itself; a person means it
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
-def make_out(config):
-    """Make the output folder, and move an earlier run's files to OUT/previous unless resuming."""
-    out = Path(config.out)
-    names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
+def lock_out(out):
+    """Make the output folder and lock it; the system drops the lock when this process ends.
+
+    Returns a context manager that holds it. BadInput if another process does, or on no permission.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out / "writable") as path:  # better now than after the first evaluation
-            Path(path).touch()
-        (out / "writable").unlink()
-        earlier = [] if config.resume else [out / name for name in names if (out / name).exists()]
-        if earlier:
-            (out / "previous").mkdir(exist_ok=True)
-            print(f"the earlier run in {out} is now in {out / 'previous'}")
-        for path in earlier:
-            os.replace(path, out / "previous" / path.name)
+        return FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise BadInput(
+            f"another training writes to {out} now; wait for its end, or choose another --out"
+        ) from error
     except OSError as error:
         raise BadInput(f"cannot write to {out} ({error}); choose another --out") from error
+
+
+def clear_out(out, resume):
+    """Remove what a killed run left half-written; move an earlier run's files to OUT/previous."""
+    for path in out.glob("*.tmp"):
+        path.unlink()
+    names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
+    earlier = [] if resume else [out / name for name in names if (out / name).exists()]
+    if earlier:
+        (out / "previous").mkdir(exist_ok=True)
+        print(f"the earlier run in {out} is now in {out / 'previous'}")
+    for path in earlier:
+        os.replace(path, out / "previous" / path.name)
 
 
 def plot(history, title, path):
@@ -514,62 +592,98 @@ class Result:
     best_bpb: float  # bits a byte
     seconds: float
     out: Path
-    finished: bool  # False after Ctrl-C
+    stopped_by: int  # 0: it came to its end; else the signal's number
 
 
 def train(config):
     """Train as config (a TrainConfig) says, write into config.out, and return a Result.
 
-    Raises BadInput for what the person can put right: data, device, folder, checkpoint.
+    Raises BadInput for what the person can put right: data, device, folder, checkpoint. Started by
+    torchrun, this is one of several processes that train one model; rank 0 writes and speaks.
     """
+    rank, n_ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out, device = Path(config.out), pick_device(config.device)
     pick_dtype(config.dtype, device)  # complains, if it must, before any work
     saved = load_checkpoint(out / "ckpt.pt") if config.resume else None
-    folder, meta = get_data(config.data)
-    tokenizer = Tokenizer(meta)
-    vocab_size = config.model.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
-    config = replace(config, data=str(folder), model=replace(config.model, vocab_size=vocab_size))
-    trainer = Trainer(config, meta, device)
-    if saved is not None:
-        trainer.load(saved)
-        if trainer.step > config.steps:
-            raise BadInput(f"{out} is at step {trainer.step} already; give more --steps than that")
-        print(f"going on at step {trainer.step:,} of {config.steps:,}")
-    make_out(config)
-    name = f"{config.model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
-    print(f"{name}; {config.data} -> {out}; {device}, {str(trainer.dtype).removeprefix('torch.')}")
-
-    with stop_on_ctrl_c() as stop:
-        finished = loop(trainer, stop)
-    result = Result(
-        model=trainer.model,
-        tokenizer=tokenizer,
-        history=trainer.history,
-        best_loss=trainer.best_loss,
-        best_bpb=bits_per_byte(trainer.best_loss, meta),
-        seconds=trainer.seconds,
-        out=out,
-        finished=finished,
-    )
-    if finished:
-        report(result, trainer, name)
-    else:
-        trainer.save()
-        print(f"stopped at step {trainer.step:,}, saved in {out / 'ckpt.pt'}. To go on:")
-        print(f"  python train.py --resume --out {shlex.quote(str(out))}")
+    with ExitStack() as stack:
+        if n_ranks > 1:
+            device = stack.enter_context(joined(device))
+        if rank > 0:
+            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(silence))
+        for turn in range(n_ranks):  # rank 0 prepares the data, if need be, and the others find it
+            if turn == rank:
+                folder, meta = get_data(config.data)
+            if n_ranks > 1:
+                dist.barrier()
+        vocab_size = config.model.vocab_size or meta["vocab_size"]
+        if vocab_size < meta["vocab_size"]:
+            raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
+        shape = replace(config.model, vocab_size=vocab_size)
+        config = replace(config, data=str(folder), model=shape)
+        tokenizer, trainer = Tokenizer(meta), Trainer(config, meta, device, rank, n_ranks)
+        if saved is not None:
+            trainer.load(saved)
+            if trainer.step > config.steps:
+                raise BadInput(f"{out} is at step {trainer.step} already; give more --steps")
+            print(f"going on at step {trainer.step:,} of {config.steps:,}")
+        if rank == 0:
+            stack.enter_context(lock_out(out))
+            clear_out(out, config.resume)
+        name = f"{shape.mixers}, {trainer.model.num_params():,} parameters without embeddings"
+        dtype = str(trainer.dtype).removeprefix("torch.")
+        print(f"{name}; {config.data} -> {out}; {device.type} x {n_ranks}, {dtype}")
+        with Stop() as stop:
+            stopped_by = loop(trainer, stop)
+        result = Result(
+            model=trainer.model,
+            tokenizer=tokenizer,
+            history=trainer.history,
+            best_loss=trainer.best_loss,
+            best_bpb=bits_per_byte(trainer.best_loss, meta),
+            seconds=trainer.seconds,
+            out=out,
+            stopped_by=stopped_by,
+        )
+        if rank == 0 and not stopped_by:
+            report(result, trainer, name)
+        elif rank == 0:
+            trainer.save()
+            print(f"stopped at step {trainer.step:,}, saved in {out / 'ckpt.pt'}. To go on:")
+            print(f"  python train.py --resume --out {shlex.quote(str(out))}")
     return result
 
 
+@contextmanager
+def joined(device):
+    """Join the processes that torchrun started, each with its GPU if there are any; yields it."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"the processes do not find each other: {first_line(error)}") from error
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
 def loop(trainer, stop):
-    """Update and evaluate until the last step, True, or until the Event stop is set, False."""
-    config = trainer.config
+    """Update and evaluate until the last step, 0, or until a signal came, its number."""
+    config, rank = trainer.config, trainer.rank
     tokens = config.grad_accum * config.batch_size * config.model.block_size
-    bar = tqdm(total=config.steps, initial=trainer.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps,
+        initial=trainer.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=rank > 0,
+    )
     try:
         with bar:
-            while not stop.is_set():
+            while True:
                 ended = trainer.step >= config.steps
                 last = trainer.history[-1]["step"] if trainer.history else -1
                 if last < trainer.step and (ended or trainer.step % config.eval_interval == 0):
@@ -579,21 +693,32 @@ def loop(trainer, stop):
                         f"token, {row['val_bpb']:.4f} bits a byte"
                     )
                 if ended:
-                    return True
+                    return 0
+                if trainer.step % 10 == 0 or trainer.n_ranks == 1:  # asking the others waits
+                    signal_number = trainer.highest(stop.signal)
+                    if signal_number:
+                        return signal_number
                 trainer.update()
                 bar.update()
                 if trainer.step % 10 == 0:  # each look waits for the device
                     speed = tokens * (bar.format_dict["rate"] or 0)
-                    bar.set_postfix_str(f"loss {trainer.train_loss():.3f}, {speed:,.0f} tokens/s")
+                    bar.set_postfix_str(f"loss {trainer.look()[0]:.3f}, {speed:,.0f} tokens/s")
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{trainer.device} has too little memory for this; choose a smaller --batch-size "
             "(and --grad-accum to make up for it), --block-size or --n-embd"
         ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
-        first = str(error).splitlines()[0]
-        raise BadInput(f"torch.compile does not work here ({first}); use --no-compile") from error
-    return False
+        raise BadInput(
+            f"torch.compile does not work here ({first_line(error)}); use --no-compile"
+        ) from error
+    except RuntimeError as error:
+        if trainer.n_ranks == 1:
+            raise
+        raise BadInput(
+            f"another process of this training has ended ({first_line(error)}); "
+            "start again with --resume"
+        ) from error
 
 
 def report(result, trainer, name):
@@ -637,7 +762,8 @@ def main(arguments=None):
         except (KeyError, TypeError) as error:
             raise BadInput(f"{config.out}/ckpt.pt is not a checkpoint of train.py") from error
         config = parse(TrainConfig, arguments, description, replace(before, out=config.out))
-    return 0 if train(config).finished else 130  # 128 + SIGINT, as shells count
+    stopped_by = train(config).stopped_by
+    return 128 + stopped_by if stopped_by else 0  # as shells count
 
 
 if __name__ == "__main__":
