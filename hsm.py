@@ -696,8 +696,8 @@ def save_checkpoint(path, **items):
     Raises BadInput if the system refuses (a full disk); an earlier file at path then stays whole.
     """
     try:
-        with atomic_write(path) as temporary:
-            torch.save(items, temporary)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save(items, file)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         reason = first_line(error.__context__ if isinstance(error, RuntimeError) else error)
         raise BadInput(f"cannot write {path} ({reason}); what was there before is whole") from error

@@ -9,8 +9,10 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -19,12 +21,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hsm
 import prepare_data
 import sample
 import train
 from hsm import GPT, PAIRS, BadInput, DelayLine, GPTConfig, KVCache, delay, receptive_field
+from results import robust
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other are far slower
 
@@ -548,6 +553,9 @@ def has_gpt2():
 
 
 needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason="no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR")
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
 TOKENIZERS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2)]
 
 
@@ -689,13 +697,13 @@ def checkpoints_equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def interrupt_at(monkeypatch, step):
-    """Press Ctrl-C in the middle of that step."""
+def interrupt_at(monkeypatch, step, number=signal.SIGINT):
+    """Press Ctrl-C in the middle of that step, or send another signal."""
     update = train.Trainer.update
 
     def update_and_press(trainer):
         if trainer.step == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         update(trainer)
 
     monkeypatch.setattr(train.Trainer, "update", update_and_press)
@@ -874,12 +882,119 @@ def test_a_card_without_bfloat16_computes_in_float16(has_bfloat16, dtype, monkey
     assert train.pick_dtype("auto", torch.device("cuda")) == getattr(torch, dtype)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(data, tmp_path):
+def finite(checkpoint):
+    return all(weight.isfinite().all() for weight in checkpoint["model"].values())
+
+
+def test_weights_that_are_no_numbers_are_never_saved(data, tmp_path):
     train.train(small(data, tmp_path, steps=5))
     with pytest.raises(BadInput, match="smaller --lr"):
         train.main(["--resume", "--out", str(tmp_path), "--steps", "50", "--lr", "1e30"])
+    trainer = trainer_of(small(data, tmp_path))
+    with torch.no_grad():
+        trainer.model.norm.weight[3] = math.inf
+    with pytest.raises(BadInput, match="smaller --lr"):
+        trainer.save()
     checkpoint = hsm.load_checkpoint(tmp_path / "ckpt.pt")
-    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+    assert checkpoint["step"] == 5 and finite(checkpoint)
+
+
+def losses_are_nan_at(monkeypatch, steps):
+    loss = train.Trainer.loss
+
+    def loss_or_nan(trainer, *batch):
+        broken = trainer.model.training and trainer.step in steps
+        return loss(trainer, *batch) * (math.nan if broken else 1)
+
+    monkeypatch.setattr(train.Trainer, "loss", loss_or_nan)
+
+
+def test_steps_with_gradients_that_are_no_numbers_are_left_out_and_counted(
+    data, tmp_path, monkeypatch
+):
+    losses_are_nan_at(monkeypatch, {2, 3, 8})
+    result = train.train(small(data, tmp_path))
+    assert [row["skipped"] for row in result.history] == [0, 2, 3, 3]
+    assert finite(hsm.load_checkpoint(tmp_path / "ckpt.pt"))
+    assert all(math.isfinite(row["train_loss"]) for row in result.history[1:])
+
+
+def test_a_left_out_step_changes_no_weight(data, tmp_path, monkeypatch):
+    losses_are_nan_at(monkeypatch, {0, 1, 2})
+    trainer = trainer_of(small(data, tmp_path))
+    before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
+    for step in range(4):
+        trainer.update()
+        same = [torch.equal(w, before[name]) for name, w in trainer.model.state_dict().items()]
+        assert all(same) if step < 3 else not any(same)
+
+
+def trainer_of(config, device="cpu"):
+    meta = prepare_data.read_meta(config.data)
+    config.model.vocab_size = meta["vocab_size"]
+    return train.Trainer(config, meta, torch.device(device))
+
+
+def test_ten_such_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    losses_are_nan_at(monkeypatch, range(13, 10**6))
+    with pytest.raises(BadInput, match=r"not finite .* in a row.*smaller --lr"):
+        train.train(small(data, tmp_path, steps=1000, eval_interval=100))
+    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 0
+
+
+def test_overflows_in_float16_are_the_scalers_and_not_counted(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "pick_dtype", lambda *_: torch.float16)
+    trainer = trainer_of(small(data, tmp_path))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    for _ in range(30):
+        trainer.update()
+    loss, skipped = trainer.look()
+    assert skipped == 0 and math.isfinite(loss)
+    assert trainer.scaler.get_scale() < 2.0**40  # it did overflow
+
+
+def test_an_apple_gpu_is_taken_for_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = train.pick_device("auto")
+    assert device.type == "mps" and train.pick_dtype("auto", device) == torch.float32
+
+
+def test_a_second_training_into_the_same_folder_is_refused(data, tmp_path, capsys):
+    with train.lock_out(tmp_path):
+        line = refused(capsys, train, "--out", tmp_path, *flags(small(data, tmp_path)))
+        assert "another training writes to" in line
+    train.train(small(data, tmp_path))  # and now it is free
+
+
+def flags(config):
+    return robust.flags(config)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_a_full_disk_is_said_in_a_line_and_the_last_checkpoint_survives(data, tmp_path, capsys):
+    import resource
+
+    train.train(small(data, tmp_path, steps=5))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        line = refused(capsys, train, "--resume", "--out", tmp_path, "--steps", 9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search("cannot write .*ckpt.pt .*File too large", line), line
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_sigterm_saves_and_ends_with_143(data, tmp_path, monkeypatch):
+    train.train(small(data, tmp_path, steps=5))
+    interrupt_at(monkeypatch, 7, signal.SIGTERM)
+    assert train.main(["--resume", "--out", str(tmp_path), "--steps", "20"]) == 143
+    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 8
 
 
 def test_train_prepares_its_corpus_from_input_txt(tmp_path, monkeypatch):
@@ -1205,8 +1320,8 @@ def test_resume_refuses_another_shape_or_other_data_and_touches_nothing(data, tm
 HERE = Path(__file__).parent
 
 
-def command(*arguments, cwd):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "0"}
+def command(*arguments, cwd, environment=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -1257,3 +1372,144 @@ def test_the_readmes_own_mixer_runs_and_its_commands_name_real_files(tmp_path):
     assert out.count("max") == GPTConfig().n_layer
     for name in re.findall(r"python ([\w/]+\.py)", readme) + re.findall(r"\]\(([\w/.]+)\)", readme):
         assert (HERE / name).exists(), name
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile surroundings: results/robust.py, in short
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    assert robust.kills(tmp_path, n=1, steps=200) > 0
+
+
+def test_damaged_files_end_in_a_clear_line_or_a_correct_run(tmp_path):
+    table = robust.mutations(tmp_path, n=12)
+    assert all(seen.total() == 12 for seen in table.values())
+    assert sum(seen["clean error"] for seen in table.values()) > 12
+
+
+def test_a_long_stream_ends_exact_and_takes_no_memory():
+    seen = robust.million(n=30_000)
+    assert seen["growth_mib"] < 5
+
+
+def test_a_checkpoint_that_claims_a_giant_is_refused_at_once(trained, tmp_path, capsys):
+    checkpoint = hsm.load_checkpoint(Path(trained) / "best.pt")
+    for claim in ({"n_layer": 10**9}, {"n_embd": 2**20}, {"d_ff": 2**24}, {"block_size": 2**60}):
+        hsm.save_checkpoint(
+            tmp_path / "best.pt", **checkpoint | {"config": checkpoint["config"] | claim}
+        )
+        assert "does not fit" in refused(capsys, sample, "--out", tmp_path)
+
+
+def test_a_checkpoint_runs_nobodys_code(tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"model": {}, "config": {}, "meta": Trap()}, tmp_path / "best.pt")
+    assert "no checkpoint of ours" in refused(capsys, sample, "--out", tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def processes(n, *arguments, cwd):
+    """n processes of one training, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
+    return [
+        command(
+            HERE / "train.py",
+            *arguments,
+            cwd=cwd,
+            environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(n)
+    ]
+
+
+@needs_gloo
+def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
+    one = train.train(small(data, tmp_path / "one", steps=50, grad_accum=2))
+    words = flags(small(data, tmp_path / "two", steps=50, grad_accum=2))
+    for more in ([], ["--resume", "--steps", "55"]):
+        both = processes(2, *words, *more, cwd=tmp_path)
+        outputs = [process.communicate(timeout=120) for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        assert not outputs[1][0]  # only rank 0 speaks
+    two = hsm.load_checkpoint(tmp_path / "two" / "ckpt.pt")["history"]
+    assert [row["step"] for row in two] == [*range(0, 56, 5)]
+    for a, b in zip(one.history, two, strict=False):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+        assert (a["train_loss"] or 0) == pytest.approx(b["train_loss"] or 0, abs=1e-4)
+
+
+@needs_gloo
+def test_when_one_process_dies_the_other_ends_with_a_line(data, tmp_path):
+    words = flags(small(data, tmp_path / "out", steps=10**6))
+    left, right = processes(2, *words, cwd=tmp_path)
+    while not (tmp_path / "out" / "ckpt.pt").exists():
+        assert left.poll() is None and right.poll() is None
+        time.sleep(0.05)
+    right.kill()
+    _, errors = left.communicate(timeout=30)
+    right.communicate()
+    assert left.returncode == 2
+    assert "another process of this training has ended" in errors.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Properties of any configuration
+
+
+numbers = st.integers(-1, 5)
+configurations = st.fixed_dictionaries(
+    {
+        "vocab_size": st.just(11),
+        "block_size": st.integers(0, 9),
+        "n_layer": numbers,
+        "n_head": st.integers(0, 3),
+        "n_embd": st.sampled_from([0, 1, 2, 6, 12, 13]),
+        "mixers": st.lists(st.sampled_from([*PAIRS, "softmax", "?"]), max_size=3).map(",".join),
+        "shifts": st.one_of(
+            st.sampled_from(["layer", "heads", "", "1,", "x"]),
+            st.lists(numbers, min_size=1, max_size=3).map(lambda s: ",".join(map(str, s))),
+        ),
+        "proj": st.booleans(),
+        "in_proj": st.booleans(),
+        "d_ff": st.integers(-1, 7),
+        "pos_emb": st.sampled_from(["learned", "rope", "none", "sine"]),
+        "bias": st.booleans(),
+        "dropout": st.sampled_from([0.0, 0.5, 1.0]),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(configurations, st.integers(1, 9), st.integers(0, 10**6))
+def test_any_configuration_is_causal_and_streams_exactly_or_says_what_is_wrong(fields, T, seed):
+    try:
+        model = tiny(dtype=torch.float64, **fields)
+    except BadInput as error:
+        assert "\n" not in str(error) and len(str(error)) > 10
+        return
+    T = min(T, model.config.block_size)
+    idx = tokens(2, T, vocab_size=11, seed=seed)
+    with torch.no_grad():
+        logits, _ = model(idx)
+        streamed = stream(model, idx, random_chunks(T, seed))
+        changed = idx.clone()
+        changed[:, -1] = (idx[:, -1] + 1) % 11
+        assert torch.equal(model(changed)[0][:, :-1], logits[:, :-1])
+        assert (streamed - logits).abs().max() <= 1e-10 * max(1, logits.abs().max())
+        field = receptive_field(model.config)
+        far = tokens(1, len(field) + 1, vocab_size=11, seed=seed)  # one token out of reach
+        if model.wpe is None:
+            moved = far.clone()
+            moved[0, 0] = (far[0, 0] + 1) % 11
+            assert torch.equal(model(moved)[0][0, -1], model(far)[0][0, -1])

@@ -68,7 +68,7 @@ class TrainConfig:
     )
     data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
     out: str = "out/quick"  # folder for checkpoints, log and picture
-    steps: int = 2200  # updates of the weights
+    steps: int = 2000  # updates of the weights
     batch_size: int = 16  # sequences in a batch
     grad_accum: int = 1  # batches added up for an update, where memory allows no larger ones
     lr: float = 8e-3  # highest learning rate
