@@ -1417,20 +1417,56 @@ def test_a_checkpoint_runs_nobodys_code(tmp_path, capsys):
 
 
 def processes(n, *arguments, cwd):
-    """n processes of one training, as torchrun would start them."""
+    """The same command as n processes that find each other, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
     return [
-        command(
-            HERE / "train.py",
-            *arguments,
-            cwd=cwd,
-            environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(n)
+        command(*arguments, cwd=cwd, environment=place | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"})
+        for r in range(n)
     ]
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hsm import GPT, GPTConfig
+
+def trained(shard):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=3, n_embd=16, mixers="ab,softmax"))
+    if shard:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(4):
+        idx = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(step))
+        if shard:
+            idx = idx[dist.get_rank() :: dist.get_world_size()]
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+whole = trained(False)
+dist.init_process_group("gloo")
+for name, weight in trained(True).items():
+    assert weight.to_local().numel() < weight.numel()
+    assert torch.allclose(weight.full_tensor(), whole[name], atol=1e-5), name
+dist.destroy_process_group()
+"""
+
+
+@needs_gloo
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="this torch shards on GPUs only")
+def test_a_model_sharded_over_processes_trains_like_a_whole_one(tmp_path):
+    both = processes(2, "-c", SHARDED, cwd=HERE)
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 @needs_gloo
@@ -1438,7 +1474,7 @@ def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
     one = train.train(small(data, tmp_path / "one", steps=50, grad_accum=2))
     words = flags(small(data, tmp_path / "two", steps=50, grad_accum=2))
     for more in ([], ["--resume", "--steps", "55"]):
-        both = processes(2, *words, *more, cwd=tmp_path)
+        both = processes(2, HERE / "train.py", *words, *more, cwd=tmp_path)
         outputs = [process.communicate(timeout=120) for process in both]
         assert [process.returncode for process in both] == [0, 0], outputs
         assert not outputs[1][0]  # only rank 0 speaks
@@ -1452,7 +1488,7 @@ def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
 @needs_gloo
 def test_when_one_process_dies_the_other_ends_with_a_line(data, tmp_path):
     words = flags(small(data, tmp_path / "out", steps=10**6))
-    left, right = processes(2, *words, cwd=tmp_path)
+    left, right = processes(2, HERE / "train.py", *words, cwd=tmp_path)
     while not (tmp_path / "out" / "ckpt.pt").exists():
         assert left.poll() is None and right.poll() is None
         time.sleep(0.05)

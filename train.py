@@ -188,11 +188,8 @@ class Windows:
     """
 
     def __init__(self, folder, split, meta, block_size, device):
-        self.name, self.device, self.vocab_size = (
-            f"{folder}/{split}.bin",
-            device,
-            meta["vocab_size"],
-        )
+        self.device, self.vocab_size = device, meta["vocab_size"]
+        self.name = f"{folder}/{split}.bin"
         tokens = open_tokens(folder, split, meta)
         if len(tokens) <= block_size:
             raise BadInput(
@@ -243,10 +240,10 @@ class Windows:
 
 
 def get_data(folder):
-    """folder's meta. If it is not prepared: data/<corpus>_<tokenizer> is; else BadInput.
+    """(folder, meta) of a prepared folder. data/<corpus>_<tokenizer> is prepared if it is not yet.
 
-    Without a network, Shakespeare gives way to Python's own library; so the folder may differ.
-    Returns (folder, meta).
+    Without a network, Shakespeare gives way to Python's own library, and the folder is another one.
+    Raises BadInput if there are no data and no way to get them.
     """
     folder = Path(folder)
     corpus, _, tokenizer = folder.name.rpartition("_")
@@ -314,18 +311,16 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
-        # To shard a model that one device cannot hold (FSDP), two lines in place of the next two:
-        #   for module in (*self.model.blocks, self.model): fully_shard(module)
-        #   self.replica = self.model
+        # For a model that one device cannot hold, the README's "More than one GPU" changes this.
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
         self.compiled = torch.compile(self.replica) if config.compile else self.replica
         self.optimizer = make_optimizer(self.model, config, device)
         # It leaves a step out, without waiting for the device, if a gradient is not finite. In
         # float16, from 6e-8 to 65504, it also scales the loss up to just below the overflow.
-        self.scaler = torch.amp.GradScaler(
-            device.type, init_scale=2.0**16 if self.dtype == torch.float16 else 1.0
-        )
+        scale = 2.0**16 if self.dtype == torch.float16 else 1.0
+        has_scaler = device.type != "mps"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=has_scaler)
         self.step, self.history, self.best_loss = 0, [], math.inf
         # Sum and number of the losses since the last evaluation; steps left out because a gradient
         # was not finite, in the whole run, and how many of them are the latest in a row.
@@ -360,7 +355,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         longest = config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), longest)
-        self.scaler.step(self.optimizer)  # does nothing if a gradient is not finite
+        if self.scaler.is_enabled() or norm.isfinite():
+            self.scaler.step(self.optimizer)  # does nothing if a gradient is not finite
         is_half = self.dtype == torch.float16
         self.scaler.update(None if is_half else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -491,7 +487,8 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.scaler.is_enabled() and checkpoint["scaler"]:
+                self.scaler.load_state_dict(checkpoint["scaler"])
             if self.rank == 0:
                 torch.set_rng_state(checkpoint["rng"])
                 if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
@@ -702,7 +699,10 @@ def loop(trainer, stop):
                 bar.update()
                 if trainer.step % 10 == 0:  # each look waits for the device
                     speed = tokens * (bar.format_dict["rate"] or 0)
-                    bar.set_postfix_str(f"loss {trainer.look()[0]:.3f}, {speed:,.0f} tokens/s")
+                    loss = trainer.look()[0] or math.nan
+                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+    except BadInput:
+        raise
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{trainer.device} has too little memory for this; choose a smaller --batch-size "
