@@ -1,7 +1,8 @@
 """Train a GPT of hsm.py on the token numbers of prepare_data.py.
 
     python train.py                                      the quick preset: minutes on two cores
-    python train.py --mixers softmax --out out/softmax   the same with attention, to compare
+    python train.py --mixers ab --out out/ab             the same without any attention
+    python train.py --mixers softmax --out out/softmax   the same with nothing else
     python train.py shakespeare                          a preset for one GPU
     python train.py --resume                             go on where the last run stopped
 
@@ -59,16 +60,19 @@ from prepare_data import (
 )
 
 
+def shape(**fields):
+    """The shape of the presets' models: two HSM layers for each of softmax, any vocabulary."""
+    return GPTConfig(**{"vocab_size": 0, "mixers": "ab,ab,softmax"} | fields)
+
+
 @dataclass
 class TrainConfig:
     """A whole training run. Raises BadInput (a ValueError) where a field is out of range."""
 
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(
-        default_factory=lambda: GPTConfig(vocab_size=0)
-    )
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=lambda: shape())
     data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
     out: str = "out/quick"  # folder for checkpoints, log and picture
-    steps: int = 2000  # updates of the weights
+    steps: int = 1700  # updates of the weights
     batch_size: int = 16  # sequences in a batch
     grad_accum: int = 1  # batches added up for an update, where memory allows no larger ones
     lr: float = 8e-3  # highest learning rate
@@ -77,7 +81,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # of the matrices; vectors (a, b, gates' biases, norms) have none
     beta2: float = 0.99  # AdamW's memory of squared gradients (its beta1 is 0.9)
     grad_clip: float = 1.0  # longest gradient; 0: any
-    eval_interval: int = 200  # steps between evaluations, each of which saves
+    eval_interval: int = 170  # steps between evaluations, each of which saves
     eval_tokens: int = 200_000  # at most so many tokens of val.bin, evenly spread, the same always
     sample_tokens: int = 400  # length of the sample at the end
     seed: int = 1  # of the weights, the dropout and the order of the data
@@ -104,15 +108,10 @@ class TrainConfig:
             )
 
 
-def model(**shape):
-    """A GPTConfig whose vocabulary is the tokenizer's."""
-    return GPTConfig(**{"vocab_size": 0} | shape)
-
-
 PRESETS = {
     "quick": TrainConfig(),
     "shakespeare": TrainConfig(
-        model=model(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        model=shape(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         out="out/shakespeare",
         steps=5000,
         batch_size=64,
@@ -121,7 +120,7 @@ PRESETS = {
         compile=True,
     ),
     "tinystories": TrainConfig(
-        model=model(block_size=512, n_layer=8, n_head=8, n_embd=512),
+        model=shape(block_size=512, n_layer=8, n_head=8, n_embd=512),
         data="data/tinystories_gpt2",
         out="out/tinystories",
         steps=10_000,
@@ -133,7 +132,7 @@ PRESETS = {
         compile=True,
     ),
     "openwebtext": TrainConfig(
-        model=model(block_size=1024, n_layer=12, n_head=12, n_embd=768),
+        model=shape(block_size=1024, n_layer=12, n_head=12, n_embd=768),
         data="data/openwebtext_gpt2",
         out="out/openwebtext",
         steps=20_000,
@@ -616,8 +615,8 @@ def train(config):
         vocab_size = config.model.vocab_size or meta["vocab_size"]
         if vocab_size < meta["vocab_size"]:
             raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
-        shape = replace(config.model, vocab_size=vocab_size)
-        config = replace(config, data=str(folder), model=shape)
+        model = replace(config.model, vocab_size=vocab_size)
+        config = replace(config, data=str(folder), model=model)
         tokenizer, trainer = Tokenizer(meta), Trainer(config, meta, device, rank, n_ranks)
         if saved is not None:
             trainer.load(saved)
@@ -627,7 +626,7 @@ def train(config):
         if rank == 0:
             stack.enter_context(lock_out(out))
             clear_out(out, config.resume)
-        name = f"{shape.mixers}, {trainer.model.num_params():,} parameters without embeddings"
+        name = f"{model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
         dtype = str(trainer.dtype).removeprefix("torch.")
         print(f"{name}; {config.data} -> {out}; {device.type} x {n_ranks}, {dtype}")
         with Stop() as stop:
