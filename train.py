@@ -69,7 +69,7 @@ def shape(**fields):
 class TrainConfig:
     """A whole training run. Raises BadInput (a ValueError) where a field is out of range."""
 
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=lambda: shape())
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=shape)
     data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
     out: str = "out/quick"  # folder for checkpoints, log and picture
     steps: int = 1700  # updates of the weights
