@@ -79,6 +79,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
     compile: bool = False  # torch.compile: a minute or two to start, then faster
+    fast: bool = False  # fast.py's Triton kernels on CUDA; not yet timed there, so not the default
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
@@ -303,6 +304,10 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
+        if config.fast:
+            import fast  # here, because it needs Triton
+
+            fast.enable(self.model)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, config, device)
         # float16 reaches from 6e-8 to 65504: its gradients are scaled up to just below the overflow
