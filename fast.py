@@ -71,11 +71,6 @@ def rows(tile, T, batch_stride, time_stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
 def taps_forward(
     x, shifts, a, b, y,
     T, n_rows, H, head_size, batch_stride, time_stride, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -84,10 +79,10 @@ def taps_forward(
     row, t, at = rows(tile, T, batch_stride, time_stride, ROWS)
     s = tl.load(shifts + head)
     here = (row < n_rows) & within
-    x_t = load(x + at + c, here)
-    z_t = load(x + at - s * time_stride + c, here & (t >= s))
-    y_t = load(a + c, within) * x_t + load(b + c, within) * z_t
-    tl.store(y + row * H * head_size + c, y_t, mask=here)
+    x_t = tl.load(x + at + c, here, 0).to(tl.float32)
+    z_t = tl.load(x + at - s * time_stride + c, here & (t >= s), 0).to(tl.float32)
+    a_c, b_c = tl.load(a + c, within, 0).to(tl.float32), tl.load(b + c, within, 0).to(tl.float32)
+    tl.store(y + row * H * head_size + c, a_c * x_t + b_c * z_t, mask=here)
 
 
 @triton.jit
@@ -98,14 +93,14 @@ def taps_backward(
 ):  # fmt: skip
     number, head, c, within = split(H, head_size, COLS)
     s, C = tl.load(shifts + head), H * head_size
-    a_c, b_c = load(a + c, within), load(b + c, within)
+    a_c, b_c = tl.load(a + c, within, 0).to(tl.float32), tl.load(b + c, within, 0).to(tl.float32)
     da, db = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
     for i in range(tiles):
         row, t, at = rows(number * tiles + i, T, batch_stride, time_stride, ROWS)
         here = (row < n_rows) & within
-        x_t = load(x + at + c, here)
-        e_t = load(e + row * C + c, here)
-        e_ahead = load(e + (row + s) * C + c, here & (t + s < T))
+        x_t = tl.load(x + at + c, here, 0).to(tl.float32)
+        e_t = tl.load(e + row * C + c, here, 0).to(tl.float32)
+        e_ahead = tl.load(e + (row + s) * C + c, here & (t + s < T), 0).to(tl.float32)
         tl.store(dx + row * C + c, a_c * e_t + b_c * e_ahead, mask=here)
         da += tl.sum(e_t * x_t, axis=0)
         db += tl.sum(e_ahead * x_t, axis=0)
@@ -116,9 +111,9 @@ def taps_backward(
 @triton.jit
 def load_gate(u, v, at, mask):
     """sigmoid(u + v), or sigmoid(u) where there is no v."""
-    logit = load(u + at, mask)
+    logit = tl.load(u + at, mask, 0).to(tl.float32)
     if v is not None:
-        logit += load(v + at, mask)
+        logit += tl.load(v + at, mask, 0).to(tl.float32)
     return tl.sigmoid(logit)
 
 
@@ -131,8 +126,8 @@ def gate_forward(
     row, t, at = rows(tile, T, batch_stride, time_stride, ROWS)
     s = tl.load(shifts + head)
     here = (row < n_rows) & within
-    x_t = load(x + at + c, here)
-    z_t = load(x + at - s * time_stride + c, here & (t >= s))
+    x_t = tl.load(x + at + c, here, 0).to(tl.float32)
+    z_t = tl.load(x + at - s * time_stride + c, here & (t >= s), 0).to(tl.float32)
     out = row * H * head_size + c
     g_t = load_gate(u, v, out, here)
     tl.store(y + out, g_t * x_t + (1 - g_t) * z_t, mask=here)
@@ -149,10 +144,10 @@ def gate_backward(
     here = (row < n_rows) & within
     ahead = here & (t + s < T)
     out, later = row * C + c, (row + s) * C + c
-    x_t = load(x + at + c, here)
-    z_t = load(x + at - s * time_stride + c, here & (t >= s))
-    e_t, g_t = load(e + out, here), load_gate(u, v, out, here)
-    e_ahead, g_ahead = load(e + later, ahead), load_gate(u, v, later, ahead)
+    x_t = tl.load(x + at + c, here, 0).to(tl.float32)
+    z_t = tl.load(x + at - s * time_stride + c, here & (t >= s), 0).to(tl.float32)
+    e_t, g_t = tl.load(e + out, here, 0).to(tl.float32), load_gate(u, v, out, here)
+    e_ahead, g_ahead = tl.load(e + later, ahead, 0).to(tl.float32), load_gate(u, v, later, ahead)
     tl.store(dx + out, g_t * e_t + (1 - g_ahead) * e_ahead, mask=here)
     tl.store(du + out, e_t * (x_t - z_t) * g_t * (1 - g_t), mask=here)
 
@@ -287,8 +282,8 @@ gate.register_autograd(gate_formula, setup_context=remember)
 
 
 def per_channel(weight, C):
-    """(H,) or (C,) -> (C,): each head's number for each of its channels."""
-    return weight.repeat_interleave(C // len(weight))
+    """(H,) or (C,) -> (C,): each head's number for each of its channels, in float32."""
+    return weight.float().repeat_interleave(C // len(weight))
 
 
 def mix_taps(pair, x, shifts, dtype):
