@@ -78,11 +78,18 @@ class DelayLine:
         if self.ring is None:
             self.ring = x.new_zeros(B, self.shift, C)
         n = min(T, self.shift)  # so many outputs come from the ring, the rest from this chunk
-        slots = torch.arange(self.n_seen, self.n_seen + T, device=x.device) % self.shift  # (T,)
-        z = torch.cat([self.ring[:, slots[:n]], x[:, : T - n]], dim=1)  # (B, T, C)
-        self.ring[:, slots[T - n :]] = x[:, T - n :].detach()
+        oldest, latest = self.slots(self.n_seen, n), self.slots(self.n_seen + T - n, n)
+        z = torch.cat([self.ring[:, oldest], x[:, : T - n]], dim=1)  # (B, T, C)
+        self.ring[:, latest] = x[:, T - n :].detach()
         self.n_seen += T
         return z
+
+    def slots(self, first, n):
+        """Where n inputs from number `first` on lie. Side by side (a single one is): a slice."""
+        first %= self.shift
+        if first + n <= self.shift:
+            return slice(first, first + n)
+        return torch.arange(first, first + n, device=self.ring.device) % self.shift
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,7 +152,8 @@ class Gate1(nn.Module):
         self.W = linear(n_embd, n_embd, bias=True)
 
     def forward(self, x, z):
-        return torch.lerp(z, x, torch.sigmoid(self.W(x)))
+        g = torch.sigmoid(self.W(x))
+        return g * x + (1 - g) * z
 
 
 class Gate2(nn.Module):
@@ -157,7 +165,8 @@ class Gate2(nn.Module):
         self.U = linear(n_embd, n_embd)
 
     def forward(self, x, z):
-        return torch.lerp(z, x, torch.sigmoid(self.W(x) + self.U(z)))
+        g = torch.sigmoid(self.W(x) + self.U(z))
+        return g * x + (1 - g) * z
 
 
 class Fusion(nn.Module):
@@ -309,9 +318,12 @@ class ShiftMixer(nn.Module):
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         self.pair = PAIRS[pair](C, config.n_head)
         self.proj = linear(C, C, bias, residual_std(config)) if config.proj else nn.Identity()
+        self.fused = None  # delay and pair in one kernel, where fast.py has put it
 
     def forward(self, x, cache=None):
         x = self.in_proj(x)
+        if self.fused is not None and cache is None:
+            return self.proj(self.fused(self.pair, x))
         delays = cache or [partial(delay, shift=s) for s in self.shifts]
         heads = x.chunk(len(delays), dim=-1)  # each (B, T, C / len(delays))
         z = torch.cat([d(head) for d, head in zip(delays, heads, strict=True)], dim=-1)  # (B, T, C)
@@ -394,8 +406,8 @@ class SoftmaxMixer(nn.Module):
             k, v = cache(k, v)  # (B, H, S, D)
         S = k.size(2)
         causal = S == T <= self.window  # the mask that fast kernels know; else we draw it
-        mask = None
-        if not causal:  # query t is key number S - T + t
+        mask = None  # a single token sees all that the cache gives
+        if T > 1 and not causal:  # query t is key number S - T + t
             t = torch.arange(S, device=x.device)
             distance = t[S - T :, None] - t  # (T, S)
             mask = (distance >= 0) & (distance < self.window)

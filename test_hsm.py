@@ -870,8 +870,9 @@ def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):
         train.train(small(data, tmp_path, compile=True))
 
 
-def test_bfloat16_trains_and_the_weights_stay_float32(data, tmp_path):
-    result = train.train(small(data, tmp_path, dtype="bfloat16"))
+@pytest.mark.parametrize("mixers", MODELS)
+def test_bfloat16_trains_and_the_weights_stay_float32(mixers, data, tmp_path):
+    result = train.train(small(data, tmp_path, mixers=mixers, dtype="bfloat16", sample_tokens=0))
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
     assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
 

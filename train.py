@@ -88,6 +88,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
     compile: bool = False  # torch.compile: a minute or two to start, then faster
+    fast: bool = False  # fast.py's Triton kernels on CUDA; not yet timed there, so not the default
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
@@ -310,6 +311,10 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
+        if config.fast:
+            import fast  # here, because it needs Triton
+
+            fast.enable(self.model)
         # For a model that one device cannot hold, the README's "More than one GPU" changes this.
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
