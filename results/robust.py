@@ -11,9 +11,9 @@ tests run short versions.
 import contextlib
 import io
 import json
+import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -212,7 +212,7 @@ def million(n=1_000_000, chunk=100, seed=0):
     """
     torch.manual_seed(seed)
     config = GPTConfig(vocab_size=65, pos_emb="none")
-    model, cache = GPT(config).eval(), None
+    model = GPT(config).eval()
     reach = len(receptive_field(config)) - 1
     generator = torch.Generator().manual_seed(seed)
     cache, last, times, memory = model.init_cache(1), [], [], []
@@ -236,11 +236,15 @@ def million(n=1_000_000, chunk=100, seed=0):
 
 
 def rss_mib():
-    """Memory of this process now, or where the system does not tell, its largest so far, in MiB."""
+    """Memory of this process in MiB: now, or where the system does not tell, its largest so far."""
     try:
         with open("/proc/self/statm", encoding="utf-8") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    except OSError:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:  # not Linux
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
