@@ -68,10 +68,10 @@ def animate(draw, frames, size=(8, 3.6), seconds=1.0):
         figure = plt.figure(figsize=size)
         draw(figure, frame)
         file = io.BytesIO()
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", dpi=90)
         plt.close(figure)
         picture = Pixels.open(file).convert("RGB")
-        palette = pixels[0] if pixels else picture.quantize(32)  # one for all: only changes count
+        palette = pixels[0] if pixels else picture.quantize(10)  # one for all: only changes count
         pixels.append(picture.quantize(palette=palette, dither=Pixels.Dither.NONE))
     file = io.BytesIO()
     pixels[0].save(
