@@ -563,12 +563,10 @@ def clear_out(out, resume):
 
 def plot(history, title, path):
     """Training and validation loss against steps, as a PNG."""
-    import matplotlib  # here, because it takes a second
+    from matplotlib.figure import Figure  # here, because it takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: it would take a notebook's
+    axes = figure.subplots()  # own pictures away
     for key, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
         points = [(row["step"], row[key]) for row in history if row[key] is not None]
         axes.plot(*zip(*points, strict=True), style, label=label)
@@ -579,7 +577,6 @@ def plot(history, title, path):
     axes.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
 
 
 @dataclass
