@@ -60,6 +60,13 @@ def grade_id(cell):
     return cell["metadata"].get("nbgrader", {}).get("grade_id", "")
 
 
+def copy_course(course, names):
+    """Put the configuration and these assignments' sources into an empty folder."""
+    shutil.copy(HERE / "nbgrader_config.py", course)
+    for name in names:
+        shutil.copytree(HERE / "source" / name, course / "source" / name)
+
+
 def submit(course, student, name, answers):
     """Hand in the student version of an assignment, with {grade id: source} filled in."""
     notebook = read(course / "release" / name / f"{name}.ipynb")
@@ -100,9 +107,7 @@ def selftest(names):
     """Untouched student versions must have 0 points, solved ones all. Returns the exit status."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         course = Path(folder).resolve()
-        shutil.copy(HERE / "nbgrader_config.py", course)
-        for name in names:
-            shutil.copytree(HERE / "source" / name, course / "source" / name)
+        copy_course(course, names)
         nbgrader(course, "generate_assignment", "*")
         for name in names:
             submit(course, "untouched", name, {})
