@@ -65,8 +65,8 @@ def same(got, want, tolerance=1e-6):
         wrong = ~torch.isclose(got, want, atol=tolerance, rtol=tolerance)
         if wrong.any():
             place = wrong.nonzero()[0].tolist()
-            values = f"{want[tuple(place)].item():.6g}, not {got[tuple(place)].item():.6g}"
-            raise Different(f"at {place} it must be {values}")
+            w, g = (float(t[tuple(place)]) + 0.0 for t in (want, got))  # + 0.0: no -0
+            raise Different(f"at {place} it must be {w:.6g}, not {g:.6g}")
         return True
     if isinstance(want, (list, tuple)):
         try:

@@ -44,7 +44,7 @@ def nbgrader(course, *words):
         errors="replace",
     )
     if "No module named nbgrader" in done.stderr:
-        raise BadInput('this needs nbgrader: pip install "nbgrader>=0.9.5,<0.10"')
+        raise BadInput('this needs nbgrader: pip install "nbgrader>=0.9.6,<0.10"')
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or [done.stderr]
         raise BadInput(f"nbgrader {' '.join(words)} failed: {lines[-1].strip()}")
