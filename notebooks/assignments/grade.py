@@ -1,6 +1,7 @@
 """The whole course by command. What nbgrader can do it does; this adds the loops and a table.
 
-    python notebooks/assignments/grade.py release            all student versions, to release/
+    python notebooks/assignments/grade.py release            student versions, to release/ and,
+                                                             with what they need, to handout/
     python notebooks/assignments/grade.py grade              autograde submitted/, print the points
     python notebooks/assignments/grade.py grade 1_delay      one assignment
     python notebooks/assignments/grade.py selftest           untouched gets 0, solved full marks
@@ -65,6 +66,21 @@ def copy_course(course, names):
     shutil.copy(HERE / "nbgrader_config.py", course)
     for name in names:
         shutil.copytree(HERE / "source" / name, course / "source" / name)
+
+
+def hand_out(release, handout):
+    """Copy student versions, and what of the project they import, into one folder to give away.
+
+    It is a small project folder of its own, without source/: no answer is in it.
+    """
+    shutil.rmtree(handout, ignore_errors=True)
+    for path in sorted(release.glob("*/*.ipynb")):
+        (handout / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, handout / path.parent.name)
+    for name in ("hsm.py", "train.py", "prepare_data.py", "requirements.txt", "LICENSE"):
+        shutil.copy(ROOT / name, handout)
+    (handout / "notebooks" / "assignments").mkdir(parents=True)
+    shutil.copy(HERE / "check.py", handout / "notebooks" / "assignments")
 
 
 def submit(course, student, name, answers):
@@ -147,7 +163,9 @@ def main(arguments=None):
     for name in config.names or ["*"]:  # nbgrader takes a pattern, and starts only once for all
         nbgrader(HERE, step, name, "--force")
     if config.command == "release":
-        print(f"the student versions are in {HERE / 'release'}")
+        hand_out(HERE / "release", HERE / "handout")
+        print(f"the student versions are in {HERE / 'release'}, a folder to give to students is")
+        print(f"{HERE / 'handout'}")
     else:
         show(scores(HERE))
     return 0

@@ -8,6 +8,8 @@ short here (SMOKE=1), and no cell is skipped. What needs nbgrader is skipped whe
 import ast
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -859,6 +861,27 @@ def test_the_student_version_holds_no_answer(name, course):
                 assert secret and secret not in released[grade.grade_id(cell)]
         if settings(cell).get("solution"):
             assert "# YOUR CODE HERE" in released[grade.grade_id(cell)]
+
+
+@needs_nbgrader
+def test_the_handout_is_enough_and_has_no_answers(course, tmp_path):
+    handout = tmp_path / "handout"
+    grade.hand_out(course / "release", handout)
+    assert sorted(path.parent.name for path in handout.glob("*/*.ipynb")) == list(POINTS)
+    assert not list(handout.rglob("source")) and not list(handout.rglob("test_*"))
+    environment = {k: v for k, v in os.environ.items() if k not in ("HSM_ROOT", "PYTHONPATH")}
+    for name in POINTS:
+        cells = grade.read(handout / name / f"{name}.ipynb")["cells"]
+        setup = ["".join(c["source"]) for c in cells if c["id"] in ("setup-path", "setup")]
+        script = "\n".join(
+            [*setup, "import check; print(hsm.__file__ if 'hsm' in dir() else root)"]
+        )
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(
+            command, cwd=handout / name, env=environment, capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).is_relative_to(handout)
 
 
 @needs_nbgrader
