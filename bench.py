@@ -683,6 +683,9 @@ def draw(rows, path):
         panel.set_yscale("log")
         panel.set(title=title, xlabel="position" if part == "decode" else "T")
         panel.grid(alpha=0.3, which="both")
+        panel.set_visible(bool(its))
+        for plain in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            plain("{x:g}")  # not powers of ten
         if its:
             panel.set_xticks([r["T"] for r in its], [f"{r['T']:,}" for r in its])
             panel.legend()

