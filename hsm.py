@@ -31,9 +31,9 @@ Order of this file, which needs no scrolling back: the delay, twice (in parallel
 ring buffer for streams); the pair functions; the configuration; the mixers; the block; the model;
 receptive field and layer table; checkpoints.
 
-Not in this file: data and tokenizers (prepare_data.py), the training loop (train.py), more than one
-GPU, weights of other projects. This is our reading of arXiv:2601.22852 (R. Forchheimer, 2026); the
-README lists what we chose where we could not know.
+Not in this file: data and tokenizers (prepare_data.py), the training loop (train.py), fused kernels
+(fast.py), more than one GPU, weights of other projects. This is our reading of arXiv:2601.22852
+(R. Forchheimer, 2026); the README lists what we chose where we could not know.
 """
 
 import math

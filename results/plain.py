@@ -1,7 +1,7 @@
 """Measure plain PyTorch ways to write delay and pair: y = a x + b z, z[t] = x[t - s].
 
     python results/plain.py           measure what results/logs/plain.jsonl has not yet
-    python results/plain.py --table   print the log as tables
+    python results/plain.py --table   write the log as tables to results/fast.md
 
 Each way runs eagerly and under torch.compile, forward alone and forward with backward, for one
 shift and for four heads with shifts of their own. The number of tokens is always 16,384, so only
@@ -12,7 +12,6 @@ the shape changes with T. The ways take turns, round after round, and a figure i
 import argparse
 import json
 import platform
-import sys
 import time
 from datetime import date
 from functools import partial
@@ -160,12 +159,32 @@ def read_log():
     return {key(row): row for row in map(json.loads, lines)}
 
 
+HEAD = """# Plain ways to write delay and pair, measured
+
+Written by `python results/plain.py --table`. y = a x + b z, z[t] = x[t - s]; 16,384 tokens, 384
+wide, float32; {machine}, torch {torch}, {date}. `pad` is hsm.py's way: its milliseconds. Of the
+others, the time over that of `pad` in the same round, median of 15 rounds: below 1 is faster.
+
+- **cat** zeros before a slice. **roll** and `torch.where`. **index** with clamped positions, and
+  `torch.where`. **fill**: copy each head into a z of zeros. **add**: no z, b x is added in place
+  onto a slice of a x. **conv**: a depthwise convolution, dilated.
+- A row that is missing was not run.
+
+hsm.py keeps `pad`: with four heads, forward and backward, no other eager way is faster at more than
+one of the four lengths, and `add`, the fastest forward, takes up to three times as long.
+
+"""
+
+
 def table():
     """Markdown tables, one for a mode and a direction."""
-    lines = []
+    log = read_log()
+    lines = [HEAD.format(**list(log.values())[-1])]
     for mode in ("eager", "compiled"):
         for direction in ("forward", "both"):
-            rows = [row for k, row in read_log().items() if k[2:] == (mode, direction)]
+            rows = [row for k, row in log.items() if k[2:] == (mode, direction)]
+            if not rows:
+                continue
             what = {"forward": "forward", "both": "forward and backward"}[direction]
             head = ["shifts", "T", "pad, ms", *list(WAYS)[1:]]
             lines += [f"**{mode}, {what}**", "", "| " + " | ".join(head) + " |"]
@@ -176,16 +195,16 @@ def table():
                 cells = [shifts, f"{row['T']:,}", f"{row['pad_ms']:.1f}", *ratios]
                 lines.append("| " + " | ".join(cells) + " |")
             lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the log as tables")
+    parser.add_argument("--table", action="store_true", help="write the log as tables")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after about so long")
     arguments = parser.parse_args()
     if arguments.table:
-        sys.stdout.write(table())
+        (HERE / "fast.md").write_text(table(), encoding="utf-8", newline="\n")
         return
     torch.set_num_threads(THREADS)
     LOG.parent.mkdir(exist_ok=True)
