@@ -226,7 +226,7 @@ class GPTConfig:
     n_layer: int = 7  # blocks
     n_head: int = 4  # heads: slices of the channels with their own shift or attention
     n_embd: int = 64  # width C
-    mixers: str = "ab"  # comma-separated names, tiled over the layers: "ab" or "ab,ab,softmax"
+    mixers: str = "ab"  # names, tiled over the layers and cut at the last: "ab", "ab,ab,softmax"
     shifts: str = "heads"  # "layer" (2^j in the j-th HSM layer), "heads" (2^(j+h)), or "1,2,4,8"
     proj: bool = True  # linear map after the pair function
     in_proj: bool = False  # linear map before the delay
@@ -263,8 +263,6 @@ class GPTConfig:
             if name not in (*PAIRS, "softmax"):
                 valid = ", ".join((*PAIRS, "softmax"))
                 raise BadInput(f"unknown mixer {name!r} in {self.mixers!r}; choose from {valid}")
-        if len(names) > self.n_layer:
-            raise BadInput(f"{len(names)} mixers ({self.mixers}) for n_layer={self.n_layer}")
         layers, j = [], 0  # j counts the HSM layers
         for i in range(self.n_layer):
             name = names[i % len(names)]

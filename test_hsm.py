@@ -296,6 +296,11 @@ def test_layers_tile_the_mixers_and_softmax_uses_up_no_shift():
     assert shifts == ((1,), (), (2,), (), (4,))
 
 
+def test_mixers_are_cut_at_the_last_layer():
+    config = GPTConfig(n_layer=2, mixers="ab,vec,softmax")
+    assert [name for name, _ in config.layers] == ["ab", "vec"]
+
+
 def test_layer_shifts_start_again_after_ceil_log2_of_block_size():
     config = GPTConfig(n_layer=6, shifts="layer", block_size=10)
     assert [s for _, (s,) in config.layers] == [1, 2, 4, 8, 1, 2]
@@ -317,7 +322,6 @@ def test_explicit_shifts_tile_over_the_hsm_layers():
         ({"mixers": "abc"}, "abc.*ab, vec, matrix, gate1, gate2, fusion, mult, softmax"),
         ({"mixers": ""}, "choose from"),
         ({"mixers": "ab,"}, "choose from"),
-        ({"mixers": "ab,ab,ab", "n_layer": 2}, "n_layer=2"),
         ({"shifts": "1,two"}, "1,two"),
         ({"shifts": "1,,2"}, "1,,2"),
         ({"shifts": ""}, "shifts"),
