@@ -549,17 +549,20 @@ def train_table(rows):
             line += [f"{share_of_peak(row, name) or 0:.0%}" for name in names]
         lines.append(line)
     text = table(head, lines)
-    fits = []
-    for name, title in zip(names, ("HSM", "softmax"), strict=True):
-        points = [
-            (row["T"], median(row["seconds"][name]) / row["batch"])
-            for row in rows
-            if row["seconds"].get(name) and row["T"] >= 1024
-        ]
-        if len(points) > 2:
-            fits.append(f"{title} {exponent(*zip(*points, strict=True)):.2f}")
-    if fits:
-        text += f"\n\nCost of a sequence ~ T^p from T = 1,024 on, fitted p: {', '.join(fits)}."
+    for tokens in sorted({row["batch"] * row["T"] for row in rows}):  # so that T alone differs
+        alike = [r for r in rows if r["batch"] * r["T"] == tokens and r["T"] >= 1024]
+        for name, title in zip(names, ("HSM", "softmax"), strict=True):
+            points = [
+                (row["T"], median(row["seconds"][name]) / row["batch"])
+                for row in alike
+                if row["seconds"].get(name)
+            ]
+            if len(points) > 2:
+                lengths, costs = zip(*points, strict=True)
+                text += (
+                    f"\n\n{title}, {tokens:,} tokens a step: a sequence costs T^p, fitted "
+                    f"p = {exponent(lengths, costs):.2f} from T = {min(lengths):,} to {max(lengths):,}."
+                )
     return text
 
 
