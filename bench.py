@@ -560,8 +560,9 @@ def train_table(rows):
             if len(points) > 2:
                 lengths, costs = zip(*points, strict=True)
                 text += (
-                    f"\n\n{title}, {tokens:,} tokens a step: a sequence costs T^p, fitted "
-                    f"p = {exponent(lengths, costs):.2f} from T = {min(lengths):,} to {max(lengths):,}."
+                    f"\n\n{title}, {tokens:,} tokens a step, T = {min(lengths):,} to "
+                    f"{max(lengths):,}: a sequence costs T^p, fitted p = "
+                    f"{exponent(lengths, costs):.2f}."
                 )
     return text
 
@@ -687,8 +688,9 @@ def draw(rows, path):
         panel.set(title=title, xlabel="position" if part == "decode" else "T")
         panel.grid(alpha=0.3, which="both")
         panel.set_visible(bool(its))
-        for plain in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            plain("{x:g}")  # not powers of ten
+        panel.yaxis.set_major_formatter("{x:g}")  # not powers of ten
+        low, high = panel.get_ylim()
+        panel.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
         if its:
             panel.set_xticks([r["T"] for r in its], [f"{r['T']:,}" for r in its])
             panel.legend()
