@@ -692,7 +692,8 @@ def draw(rows, path):
         low, high = panel.get_ylim()
         panel.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
         if its:
-            panel.set_xticks([r["T"] for r in its], [f"{r['T']:,}" for r in its])
+            ticks = sorted({r["T"] for r in its})
+            panel.set_xticks(ticks, [f"{T:,}" for T in ticks])
             panel.legend()
     figure.suptitle("a dot is a round, a line goes through the medians", fontsize=9)
     with atomic_write(path) as temporary:
