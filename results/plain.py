@@ -171,9 +171,9 @@ others, the time over that of `pad` in the same round, median of 15 rounds: belo
 - A row that is missing was not run.
 
 hsm.py keeps `pad`: with four heads, forward and backward, no other eager way is faster at more than
-one of the four lengths, and `add`, the fastest forward, takes up to three times as long. Compiled,
-`roll` saves a fifth or more in training with one shift and little with four heads, and costs up to
-half more where nothing is compiled.
+one of the four lengths, and `add`, the fastest forward, takes up to three times as long. Compiled
+and trained, `roll` was the faster one in every row that was run, by up to a half; eager, it is the
+slower one by up to a half. Under torch.compile on a GPU that choice is open: measure it there.
 
 """
 
