@@ -549,17 +549,21 @@ def train_table(rows):
             line += [f"{share_of_peak(row, name) or 0:.0%}" for name in names]
         lines.append(line)
     text = table(head, lines)
-    fits = []
-    for name, title in zip(names, ("HSM", "softmax"), strict=True):
-        points = [
-            (row["T"], median(row["seconds"][name]) / row["batch"])
-            for row in rows
-            if row["seconds"].get(name) and row["T"] >= 1024
-        ]
-        if len(points) > 2:
-            fits.append(f"{title} {exponent(*zip(*points, strict=True)):.2f}")
-    if fits:
-        text += f"\n\nCost of a sequence ~ T^p from T = 1,024 on, fitted p: {', '.join(fits)}."
+    for tokens in sorted({row["batch"] * row["T"] for row in rows}):  # so that T alone differs
+        alike = [r for r in rows if r["batch"] * r["T"] == tokens and r["T"] >= 1024]
+        for name, title in zip(names, ("HSM", "softmax"), strict=True):
+            points = [
+                (row["T"], median(row["seconds"][name]) / row["batch"])
+                for row in alike
+                if row["seconds"].get(name)
+            ]
+            if len(points) > 2:
+                lengths, costs = zip(*points, strict=True)
+                text += (
+                    f"\n\n{title}, {tokens:,} tokens a step, T = {min(lengths):,} to "
+                    f"{max(lengths):,}: a sequence costs T^p, fitted p = "
+                    f"{exponent(lengths, costs):.2f}."
+                )
     return text
 
 
@@ -684,10 +688,12 @@ def draw(rows, path):
         panel.set(title=title, xlabel="position" if part == "decode" else "T")
         panel.grid(alpha=0.3, which="both")
         panel.set_visible(bool(its))
-        for plain in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            plain("{x:g}")  # not powers of ten
+        panel.yaxis.set_major_formatter("{x:g}")  # not powers of ten
+        low, high = panel.get_ylim()
+        panel.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
         if its:
-            panel.set_xticks([r["T"] for r in its], [f"{r['T']:,}" for r in its])
+            ticks = sorted({r["T"] for r in its})
+            panel.set_xticks(ticks, [f"{T:,}" for T in ticks])
             panel.legend()
     figure.suptitle("a dot is a round, a line goes through the medians", fontsize=9)
     with atomic_write(path) as temporary:

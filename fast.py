@@ -26,9 +26,9 @@ A program works on ROWS of the B T tokens and COLS channels of one head, so its 
 and all heads go in one launch. Numbers are loaded in their type, computed in float32, and stored in
 the type of the result.
 
-Tested in the interpreter, and compiled for A100 and H100: they move 16 bytes at a time, and on an H100
-no register is spilled. Sizes of tiles were chosen on paper. NOT YET RUN ON A GPU: hence never on
-unless asked for.
+Tested in the interpreter, and compiled for A100 and H100: they move 16 bytes at a time, and no
+register is spilled on an H100. Sizes of tiles were chosen on paper. NOT YET RUN ON A GPU: hence
+never on unless asked for.
 """
 
 import torch
