@@ -1554,3 +1554,11 @@ def test_any_configuration_is_causal_and_streams_exactly_or_says_what_is_wrong(f
             moved = far.clone()
             moved[0, 0] = (far[0, 0] + 1) % 11
             assert torch.equal(model(moved)[0][0, -1], model(far)[0][0, -1])
+
+
+def test_the_readmes_table_of_speed_is_the_benchs():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Speed")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    made = (HERE / "results" / "bench.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 8 and set(rows) <= set(made)
