@@ -20,6 +20,7 @@ import codecs
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -443,13 +444,22 @@ def parse(config_type, arguments, description, default=None):
     raise BadInput(words.strip("; "))
 
 
+def leave(status):
+    """End the program. One of several processes goes at once: gloo may abort the usual end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def run(main):
     """Run main() as a program: bad input and what the system refuses are one line and status 2."""
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, print on
         stream.reconfigure(errors="replace")
     name = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        leave(main() or 0)
     except BadInput as error:
         print(f"{name}: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
@@ -458,8 +468,8 @@ def run(main):
         print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells count
-    sys.exit(2)
+        leave(130)  # 128 + SIGINT, as shells count
+    leave(2)
 
 
 @dataclass

@@ -664,6 +664,7 @@ def joined(device):
         raise BadInput(f"the processes do not find each other: {first_line(error)}") from error
     try:
         yield device
+        dist.barrier()  # nobody leaves while another still works
     finally:
         dist.destroy_process_group()
 
