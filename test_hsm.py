@@ -485,7 +485,7 @@ def test_checkpoint_gives_back_the_same_model(mixers, tmp_path):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "ckpt.pt"
     hsm.save_checkpoint(path, model={}, config={}, step=1)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="local object"):
         hsm.save_checkpoint(path, model={}, config=lambda: None, step=2)
     assert hsm.load_checkpoint(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
