@@ -32,8 +32,9 @@ ring buffer for streams); the pair functions; the configuration; the mixers; the
 receptive field and layer table; checkpoints.
 
 Not in this file: data and tokenizers (prepare_data.py), the training loop (train.py), fused kernels
-(fast.py), more than one GPU, weights of other projects. This is our reading of arXiv:2601.22852
-(R. Forchheimer, 2026); the README lists what we chose where we could not know.
+(fast.py), CUDA graphs (decode.py), more than one GPU, weights of other projects. This is our
+reading of arXiv:2601.22852 (R. Forchheimer, 2026); the README lists what we chose where we could
+not know.
 """
 
 import math
@@ -339,11 +340,12 @@ def rotate(x, start):
 
     Channels i and i + D/2 turn together, by an angle that grows with position: a dot product of two
     turned vectors depends on their distance alone. Angles are float64 where the device has it,
-    because a float32 position of a million is good to 0.06 only.
+    because a float32 position of a million is good to 0.06 only. start: an int, or a () int64
+    tensor on the device.
     """
     T, D = x.shape[-2:]
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    t = torch.arange(start, start + T, device=x.device, dtype=exact)
+    t = start + torch.arange(T, device=x.device, dtype=exact)
     speed = 10000.0 ** -(torch.arange(0, D, 2, device=x.device, dtype=exact) / D)
     angle = torch.outer(t, speed)  # (T, D/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -358,6 +360,8 @@ class KVCache:
     Memory for `capacity` tokens is taken once; when it is full, what is still in sight moves to its
     front. With capacity = 2 window that costs one copied token a token.
     """
+
+    mask = None  # a single token sees all that it gives
 
     def __init__(self, window, capacity):
         self.window, self.capacity = window, capacity
@@ -400,11 +404,12 @@ class SoftmaxMixer(nn.Module):
         if self.rope:
             start = 0 if cache is None else cache.n_seen
             q, k = rotate(q, start), rotate(k, start)
+        mask = None
         if cache is not None:
             k, v = cache(k, v)  # (B, H, S, D)
+            mask = cache.mask
         S = k.size(2)
         causal = S == T <= self.window  # the mask that fast kernels know; else we draw it
-        mask = None  # a single token sees all that the cache gives
         if T > 1 and not causal:  # query t is key number S - T + t
             t = torch.arange(S, device=x.device)
             distance = t[S - T :, None] - t  # (T, S)
@@ -602,11 +607,21 @@ class GPT(nn.Module):
         limit = self.config.block_size if self.wpe is not None else math.inf
         context = chunk = idx if idx.size(1) <= limit else idx[:, -limit:]  # what positions count
         cache = self.init_cache(idx.size(0)) if use_cache else None
+        graphs = use_cache and limit == math.inf and idx.is_cuda
+        graphs = graphs and not torch.is_autocast_enabled("cuda")  # its copies die with it
+        decoder = None
         was_training = self.training
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                logits, _ = self(chunk if use_cache else context, cache=cache, last_only=True)
+            for i in range(max_new_tokens):
+                if graphs and i == 1:  # the prompt is read; from now on a token is one CUDA graph
+                    from decode import Decoder  # here, because it imports this file
+
+                    decoder = Decoder(self, cache, idx.size(1) + max_new_tokens)
+                if decoder is None:
+                    logits, _ = self(chunk if use_cache else context, cache=cache, last_only=True)
+                else:
+                    logits = decoder(chunk)
                 token = choose(logits[:, -1])  # (B,)
                 yield token
                 chunk = token[:, None]

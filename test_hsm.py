@@ -15,6 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +25,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import decode
 import hsm
 import prepare_data
 import sample
 import train
+from decode import Decoder
 from hsm import GPT, PAIRS, BadInput, DelayLine, GPTConfig, KVCache, delay, receptive_field
 from results import robust
 
@@ -228,6 +234,255 @@ def test_state_bytes_is_what_a_stream_must_keep(mixers, length):
         else:
             kept += sum(line.ring.numel() for line in state)
     assert model.state_bytes(2, length) == 4 * kept
+
+
+# ------------------------------------------------------------------------------------------------
+# decode.py: the same stream in fixed shapes, its position on the device
+
+
+def after(model, prompt, max_len=math.inf, n_before=0):
+    """A Decoder for a stream that has read the prompt; its first token has number n_before."""
+    cache = model.init_cache(len(prompt))
+    cache.n_seen = n_before
+    for state in cache.layers:
+        for part in [state] if isinstance(state, KVCache) else state:
+            part.n_seen = n_before
+    model(prompt, cache=cache)
+    return Decoder(model, cache, max_len)
+
+
+@torch.no_grad()
+def decoded(decoder, idx):
+    """Logits of the tokens in idx, fed one by one: (B, T, V)."""
+    return torch.cat([decoder(token).clone() for token in idx.split(1, dim=1)], dim=1)
+
+
+STATIC = [
+    {},
+    {"shifts": "layer", "in_proj": True},
+    {"shifts": "3,40,7"},  # 40 is longer than all prompts but one
+    {"n_head": 4, "bias": True, "proj": False},
+    {"pos_emb": "none"},
+    {"block_size": 1},
+]
+
+
+@pytest.mark.parametrize("fields", STATIC, ids=str)
+@pytest.mark.parametrize("mixers", MODELS)
+def test_a_decoder_goes_on_where_the_prompt_ended(mixers, fields):
+    model = tiny(mixers, torch.float64, **fields)
+    for batch, n_prompt in [(3, 1), (1, 9), (1, 14), (3, 15), (1, 16), (3, 45)]:
+        idx = tokens(batch, n_prompt + 40)
+        with torch.no_grad():
+            parallel = model(idx)[0]
+            streamed = stream(model, idx, [n_prompt] + [1] * 40)
+            logits = decoded(after(model, idx[:, :n_prompt]), idx[:, n_prompt:])
+        for expected in (parallel, streamed):
+            assert (logits - expected[:, n_prompt:]).abs().max() <= 1e-10 * parallel.abs().max()
+
+
+@pytest.mark.parametrize("mixers", ["ab", "softmax", "gate2,ab,softmax"])
+def test_a_decoder_is_right_thousands_of_tokens_past_the_window_and_takes_no_memory(mixers):
+    model, idx = tiny(mixers, shifts="3,40,7"), tokens(2, 3100)
+    decoder = after(model, idx[:, :5])
+    parts = [layer[0] if isinstance(layer, list) else layer for layer in decoder.cache.layers]
+    state = [t for part in parts for t in vars(part).values() if torch.is_tensor(t)]
+    places = [t.data_ptr() for t in state]
+    logits = decoded(decoder, idx[:, 5:])
+    with torch.no_grad():
+        expected = stream(model, idx, 100)[:, 5:]
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert [t.data_ptr() for t in state] == places
+    numbers = sum(t.numel() for t in state if t.is_floating_point())
+    assert 4 * numbers == model.state_bytes(2, 3100)
+    assert decoder.cache.n_seen == 3100
+
+
+@pytest.mark.parametrize("mixers", ["ab", "softmax", "ab,softmax"])
+def test_a_decoder_is_right_beyond_2_to_the_31_tokens(mixers):
+    model, idx = tiny(mixers, torch.float64, shifts="3,1,7"), tokens(2, 60)
+    with torch.no_grad():
+        expected = model(idx)[0][:, 20:]  # a stream that begins later differs in no logit
+    logits = decoded(after(model, idx[:, :20], n_before=2**31 - 30), idx[:, 20:])
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    decoder = after(model, idx[:, :20], n_before=2**40)
+    logits = decoded(decoder, idx[:, 20:])  # an angle of 2^40 is good to 1e-4 in float64
+    assert (logits - expected).abs().max() <= 1e-2 * expected.abs().max()
+    assert decoder.cache.n_seen == 2**40 + 60
+
+
+def test_a_decoder_told_its_length_takes_memory_for_no_more_and_ends_there():
+    model, idx = tiny("ab,softmax", torch.float64), tokens(2, 13)
+    decoder = after(model, idx[:, :4], max_len=12)
+    expected = model(idx)[0][:, 4:12]
+    assert torch.allclose(decoded(decoder, idx[:, 4:12]), expected, atol=1e-10)
+    with pytest.raises(BadInput, match="length that its cache was made for"):
+        decoder(idx[:, 12:])
+    assert torch.isfinite(decoded(after(model, idx, max_len=16), tokens(2, 40))).all()
+    assert torch.isfinite(decoded(after(tiny("ab"), idx, max_len=13), tokens(2, 40))).all()
+
+
+def test_a_decoder_refuses_another_batch_and_a_cache_without_a_prompt():
+    model = tiny("ab")
+    for shape in ((1, 1), (2, 2), (2,)):  # any of them could be taken for (2, 1) by broadcasting
+        with pytest.raises(BadInput, match="takes 2 x 1 tokens"):
+            after(model, tokens(2, 3))(tokens(*shape))
+    with pytest.raises(BadInput, match="has read a token"):
+        Decoder(model, model.init_cache(2))
+
+
+def test_a_decoder_without_a_user_frees_its_memory_at_once():
+    gone = weakref.ref(after(tiny("ab,softmax"), tokens(2, 3)).idx)
+    assert gone() is None
+
+
+@pytest.mark.parametrize("mixers", ["ab", "gate2,ab,softmax"])
+def test_a_compiled_decoder_has_no_graph_break_and_compiles_once(mixers):
+    torch.compiler.reset()
+    model, idx = tiny(mixers, shifts="3,40,7"), tokens(2, 60)
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    cache = model.init_cache(2)
+    with torch.no_grad():
+        expected = stream(model, idx, 60)[:, 5:]
+        model(idx[:, :5], cache=cache)
+        logits = decoded(
+            Decoder(torch.compile(model, fullgraph=True, backend=backend), cache), idx[:, 5:]
+        )
+    assert len(compiled) == 1
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class FakeGraph(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: it records operators, and replays them on the same tensors.
+
+    As in a capture, what is recorded has no effect before the first replay, and the device can't be
+    waited for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.undo, self.n_replays = [], [], 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if operator._schema.is_mutable:
+            self.undo.append((args[0], args[0].clone()))
+        output = operator(*args, **kwargs)
+        self.calls.append((operator, args, kwargs, output))
+        return output
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.undo):
+            tensor.copy_(before)
+
+    def replay(self):
+        self.n_replays += 1
+        for operator, args, kwargs, output in self.calls:
+            again = operator(*args, **kwargs)
+            for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Tensors claim to be on CUDA, and decode.py's calls there meet the stand-in. Its graphs."""
+    graphs = []
+
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            assert isinstance(other, Stream) and other is not self
+
+    def new_graph():
+        graphs.append(FakeGraph())
+        return graphs[-1]
+
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    return graphs
+
+
+@pytest.mark.parametrize("n_prompt", [1, 13, 20])  # 13: the keys' ring gets full while it replays
+@pytest.mark.parametrize("mixers", MODELS)
+def test_generate_on_cuda_replays_one_graph_and_draws_the_same_tokens(
+    mixers, n_prompt, fake_cuda, monkeypatch
+):
+    model, idx = tiny(mixers, torch.float64), tokens(2, n_prompt)
+
+    def text():
+        generator = torch.Generator().manual_seed(1)
+        return torch.stack(list(model.generate(idx, 60, 0.8, top_k=9, generator=generator)))
+
+    replayed = text()
+    (graph,) = fake_cuda
+    assert graph.n_replays == 60 - 1 - decode.WARM_UP
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert torch.equal(text(), replayed)
+    assert len(fake_cuda) == 1
+
+
+def test_the_stand_in_for_a_graph_shows_what_a_capture_forbids_or_freezes(fake_cuda):
+    count, plain = torch.zeros((), dtype=torch.int64), [0]
+
+    def step():
+        count.add_(1)
+        plain[0] += 1
+        return count * 100 + plain[0]
+
+    call = decode.as_graph(step, "cpu")
+    seen = [call().item() for _ in range(decode.WARM_UP + 3)]
+    assert seen[: decode.WARM_UP + 1] == [100 * i + i for i in range(1, decode.WARM_UP + 2)]
+    assert seen[-1] == 100 * (decode.WARM_UP + 3) + decode.WARM_UP + 1  # a Python number stays
+    waits = decode.as_graph(lambda: count.item(), "cpu")
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        for _ in range(decode.WARM_UP + 1):
+            waits()
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments"),
+    [({"pos_emb": "learned"}, {}), ({}, {"use_cache": False}), ({}, {"max_new_tokens": 1})],
+    ids=["learned positions", "no cache", "a single token"],
+)
+def test_generate_captures_nothing_where_shapes_change_or_nothing_follows(
+    fields, arguments, fake_cuda
+):
+    model = tiny("ab,softmax", **fields)
+    text = list(model.generate(tokens(2, 3), **{"max_new_tokens": 30} | arguments))
+    assert len(text) == arguments.get("max_new_tokens", 30)
+    assert not fake_cuda
+
+
+def test_generate_under_autocast_captures_nothing(fake_cuda, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert len(list(tiny().generate(tokens(2, 3), 10))) == 10
+    assert not fake_cuda
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a real capture")
+@pytest.mark.parametrize("mixers", MODELS)
+def test_a_real_cuda_graph_draws_the_plain_paths_tokens(mixers):
+    for n_prompt in (1, 13, 20):
+        model, idx = tiny(mixers, torch.float64).cuda(), tokens(2, n_prompt).cuda()
+        replayed = torch.stack(list(model.generate(idx, 60, 0.0)))
+        plain = torch.stack(list(model.cpu().generate(idx.cpu(), 60, 0.0)))
+        assert torch.equal(replayed.cpu(), plain)
 
 
 # ------------------------------------------------------------------------------------------------
