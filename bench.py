@@ -15,7 +15,8 @@ HSM and softmax have equally many parameters and the same inputs. They take turn
 round; a ratio is the median of the rounds' ratios, with the middle half of them in brackets: what
 slows the machine for a while slows both. Softmax has the fastest kernel that PyTorch offers for its
 shape here (each is tried), room for all its keys and values from the start, and no positions to
-compute. Untrained weights do: no time depends on their values.
+compute. On CUDA both decode as CUDA graphs (decode.py), on a CPU as they are. Untrained weights do:
+no time depends on their values.
 
 OUT/logs/bench.jsonl has a line for each measurement, with every round, the device, the versions and
 the date. A measurement repeated adds its rounds. OUT/bench.md and OUT/bench.png follow from it.
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from decode import WARM_UP, Decoder
 from hsm import GPT, BadInput, GPTConfig, atomic_write
 from prepare_data import parse, run
 from train import pick_device, pick_dtype
@@ -332,21 +334,33 @@ def measure_decode(config, position, batch, device, dtype):
     room = repeats * (config.rounds + 2) + 2
     facts = {"batch": batch, "state_bytes": {}}
 
+    @torch.no_grad()
     def make(name, mixers):
         torch.manual_seed(0)
-        shape = config.model(mixers, max(config.positions) + room)
-        model = GPT(shape).to(device, dtype).eval()
-        cache = model.init_cache(batch, position + room)
         idx = torch.randint(VOCAB, (batch, position), device=device)
+        facts["graph"] = idx.is_cuda
+        # In a graph softmax sees `position` tokens: all slots filled, and a kernel without a mask.
+        fixed = idx.is_cuda and mixers == "softmax"
+        shape = config.model(mixers, position if fixed else max(config.positions) + room)
+        model = GPT(shape).to(device, dtype).eval()
         facts["state_bytes"][name] = model.state_bytes(batch, position)
+        cache = model.init_cache(batch, position + room)
+        logits, _ = model(idx, cache=cache, last_only=True)
+        idx = logits.argmax(-1)  # (B, 1)
+        decoder = Decoder(model, cache) if idx.is_cuda else None
 
         @torch.no_grad()
         def token():
             nonlocal idx
-            logits, _ = model(idx, cache=cache, last_only=True)
-            idx = logits.argmax(-1)  # (B, 1), never leaves the device
+            if decoder is None:
+                logits, _ = model(idx, cache=cache, last_only=True)
+            else:
+                logits = decoder(idx)
+            idx = logits.argmax(-1)  # never leaves the device
 
-        return token  # the first call is the prompt's
+        for _ in range(WARM_UP):  # the clock's first call captures the graph
+            token()
+        return token
 
     makers = {
         "hsm": partial(make, "hsm", config.mixer),
@@ -596,6 +610,8 @@ def decode_table(rows):
         line += [mib(row["state_bytes"][name]) for name in ("hsm", "softmax")]
         lines.append(line)
     text = table(head, lines)
+    if any(row.get("graph") for row in rows):
+        text += "\n\nA token is one CUDA graph."
     for batch in sorted({row["batch"] for row in rows}):
         ends = [row for row in rows if row["batch"] == batch and row["seconds"]["hsm"]]
         if len(ends) > 1:

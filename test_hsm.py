@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench
 import decode
 import hsm
 import prepare_data
@@ -473,6 +474,20 @@ def test_generate_under_autocast_captures_nothing(fake_cuda, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     assert len(list(tiny().generate(tokens(2, 3), 10))) == 10
     assert not fake_cuda
+
+
+def test_on_cuda_the_bench_decodes_both_models_as_graphs_and_times_replays_alone(fake_cuda):
+    config = bench.BenchConfig(n_layer=1, n_head=2, n_embd=16, rounds=3, positions=(8, 24))
+    times, facts = bench.measure_decode(config, 8, 2, torch.device("cpu"), torch.float32)
+    assert facts["graph"] and len(times["hsm"]) == len(times["softmax"]) == 3
+    assert [graph.n_replays for graph in fake_cuda] == [1 + 3 * 8] * 2
+    masks = [torch.ops.aten.le.Tensor in [call[0] for call in graph.calls] for graph in fake_cuda]
+    assert masks == [False, False]  # softmax reads filled slots alone
+    assert facts["state_bytes"]["softmax"] == 4 * 2 * 2 * 16 * 8
+    row = {"T": 8, "batch": 2, "seconds": times} | facts
+    assert "A token is one CUDA graph." in bench.decode_table([row])
+    del row["graph"]  # a log's row from before
+    assert "CUDA graph" not in bench.decode_table([row])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a real capture")
