@@ -1,6 +1,7 @@
 """Delay and pair in one pass over memory: fused Triton kernels. Optional; hsm.py works without.
 
-    python train.py --fast    on a CUDA device with Triton
+    python train.py           takes them by itself on a CUDA device, where Triton is there and all
+                              HSM layers have a kernel; --no-fast forbids it, --fast insists
     fast.enable(model)        the same from Python, before torch.compile
     pytest test_fast.py       without a GPU the kernels run in Triton's interpreter, slowly
 
@@ -27,8 +28,8 @@ and all heads go in one launch. Numbers are loaded in their type, computed in fl
 the type of the result.
 
 Tested in the interpreter, and compiled for A100 and H100: they move 16 bytes at a time, and no
-register is spilled on an H100. Sizes of tiles were chosen on paper. NOT YET RUN ON A GPU: hence
-never on unless asked for.
+register is spilled on an H100. Sizes of tiles were chosen on paper. NOT YET RUN ON A GPU: if they
+fail on yours, --no-fast does without.
 """
 
 import torch

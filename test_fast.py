@@ -378,6 +378,17 @@ def test_train_takes_fast_and_computes_the_same(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_kernels_are_chosen_by_themselves_where_all_hsm_layers_have_one():
+    for mixers, taken in (("ab,softmax", True), ("ab,matrix", False), ("softmax", False)):
+        gpt = model(mixers, enabled=False)
+        words = train.choose_kernels(gpt, None, torch.device("cuda"))
+        kernels = [b.mixer.fused for b in gpt.blocks if isinstance(b.mixer, hsm.ShiftMixer)]
+        assert [kernel is not None for kernel in kernels] == [taken] * len(kernels)
+        what = "softmax alone" if mixers == "softmax" else "matrix"
+        reason = f"(the fast path knows ab, vec, gate1 and gate2, not {what})"
+        assert words == ("; fused kernels" if taken else f"; without fused kernels {reason}")
+
+
 def test_train_refuses_fast_on_a_cpu_in_one_line(data, tmp_path):
     arguments = ["--fast", "--data", str(data), "--out", "out", *SMALL, "--device", "cpu"]
     status, _, errors = command("train.py", *arguments, cwd=tmp_path, TRITON_INTERPRET=None)

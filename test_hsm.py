@@ -19,6 +19,7 @@ import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1133,6 +1134,49 @@ def test_a_compiled_run_saves_the_plain_names(data, tmp_path, monkeypatch):
     assert all(
         torch.allclose(fast["model"][k], plain["model"][k], atol=1e-5) for k in plain["model"]
     )
+
+
+def test_fused_kernels_are_a_choice_of_three():
+    for words, wanted in (([], None), (["--fast"], True), (["--no-fast"], False)):
+        for before in (None, True, False):  # as a checkpoint has it
+            config = train.TrainConfig(fast=before)
+            config = prepare_data.parse(train.TrainConfig, words, "", config)
+            assert config.fast is (wanted if words else before)
+
+
+def test_fused_kernels_are_taken_by_themselves_on_cuda_alone_and_a_reason_is_given(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    enabled = []
+    monkeypatch.setitem(sys.modules, "fast", SimpleNamespace(enable=enabled.append))
+    for wanted, device, taken in [
+        (None, cpu, False),
+        (None, cuda, True),
+        (True, cuda, True),
+        (False, cuda, False),
+    ]:
+        assert train.choose_kernels("model", wanted, device) == "; fused kernels" * taken
+        assert enabled == ["model"] * taken
+        enabled.clear()
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "fast")
+    words = train.choose_kernels("model", None, cuda)
+    assert "without fused kernels (the fast path needs Triton" in words
+    with pytest.raises(BadInput, match="needs Triton"):
+        train.choose_kernels("model", True, cuda)
+
+
+@pytest.mark.parametrize("before", [None, False, True])
+def test_a_run_resumes_whatever_it_was_told_about_kernels(before, data, tmp_path, capsys):
+    train.train(small(data, tmp_path / "out"))
+    path = tmp_path / "out" / "ckpt.pt"
+    checkpoint = hsm.load_checkpoint(path)
+    assert checkpoint["train"]["fast"] is None
+    hsm.save_checkpoint(path, **checkpoint | {"train": checkpoint["train"] | {"fast": before}})
+    words = ["--resume", "--out", str(tmp_path / "out"), "--steps", "14", "--device", "cpu"]
+    if before:  # on a CPU
+        assert "the fast path needs" in refused(capsys, train, *words)
+    assert train.main([*words, *(["--no-fast"] if before else [])]) == 0
+    assert hsm.load_checkpoint(path)["step"] == 14
 
 
 def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ def shape(**fields):
     return GPTConfig(**{"vocab_size": 0, "mixers": "ab,ab,softmax"} | fields)
 
 
+Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
+
+
 @dataclass
 class TrainConfig:
     """A whole training run. Raises BadInput (a ValueError) where a field is out of range."""
@@ -88,7 +91,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
     compile: bool = False  # torch.compile: a minute or two to start, then faster
-    fast: bool = False  # fast.py's Triton kernels on CUDA; not yet timed there, so not the default
+    fast: Choice = None  # fast.py's Triton kernels; None: on CUDA, where they know the mixers
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
@@ -174,6 +177,25 @@ def pick_dtype(name, device):
     if name == "float16" and device.type == "cpu":
         raise BadInput("float16 does not train on a CPU; choose --dtype float32 or bfloat16")
     return getattr(torch, name)
+
+
+def choose_kernels(model, wanted, device):
+    """Let the model mix in fast.py's kernels, or not; wanted None: on CUDA, where they can.
+
+    Returns words for the run's first line. Raises BadInput if they are wanted and cannot.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return ""
+    try:
+        import fast  # here, because it needs Triton
+
+        fast.enable(model)
+    except BadInput as error:
+        if wanted:
+            raise
+        reason = str(error).removesuffix("; use --no-fast")
+        return f"; without fused kernels ({reason})"
+    return "; fused kernels"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,10 +333,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
-        if config.fast:
-            import fast  # here, because it needs Triton
-
-            fast.enable(self.model)
+        self.kernels = choose_kernels(self.model, config.fast, device)
         # For a model that one device cannot hold, the README's "More than one GPU" changes this.
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
@@ -629,8 +648,8 @@ def train(config):
             stack.enter_context(lock_out(out))
             clear_out(out, config.resume)
         name = f"{model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
-        dtype = str(trainer.dtype).removeprefix("torch.")
-        print(f"{name}; {config.data} -> {out}; {device.type} x {n_ranks}, {dtype}")
+        how = str(trainer.dtype).removeprefix("torch.") + trainer.kernels
+        print(f"{name}; {config.data} -> {out}; {device.type} x {n_ranks}, {how}")
         with Stop() as stop:
             stopped_by = loop(trainer, stop)
         result = Result(
