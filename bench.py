@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from decode import WARM_UP, Decoder
 from hsm import GPT, BadInput, GPTConfig, atomic_write
 from prepare_data import parse, run
-from train import pick_device, pick_dtype
+from train import PEAK, flops_per_token, pick_device, pick_dtype
 
 VOCAB = 256
 
@@ -470,23 +470,6 @@ def setting_of(row):
 # ------------------------------------------------------------------------------------------------
 # Figures, table, picture
 
-# Dense 16-bit peak in TFLOP/s, accumulating in float32, by the name that the driver gives. Sources:
-# NVIDIA's data sheets (H100, H200, A100, L4, T4) and architecture white papers (Ampere GA102 and
-# Ada AD102, for the GeForce cards). A card that is not here gets no share.
-PEAK = {
-    "NVIDIA H200": 989.4,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-    "Tesla T4": 65.0,
-}
-
 
 def ratio(row, slow, fast):
     """(median, lower quartile, upper quartile) of the rounds' ratios, or None."""
@@ -507,16 +490,13 @@ def exponent(lengths, costs):
 
 
 def share_of_peak(row, name):
-    """Useful operations a second over the card's peak, or None where we don't know it.
-
-    6 a weight and token (embedding once, as the output's matrix), and for softmax 6 T C a layer and
-    token: two products, each key seen by half of the queries, backward twice forward.
-    """
+    """Useful operations a second over the card's peak, or None where we don't know it."""
     peak = PEAK.get(row["name"]) if row["dtype"] != "float32" else None
     if not peak or not row["seconds"].get(name):
         return None
-    pairs = row["n_layer"] * row["n_embd"] * row["T"] if name == "softmax" else 0
-    flops = 6 * (row["parameters"][name] + pairs) * row["batch"] * row["T"]
+    n_softmax = row["n_layer"] if name == "softmax" else 0
+    a_token = flops_per_token(row["parameters"][name], n_softmax, row["n_embd"], row["T"])
+    flops = a_token * row["batch"] * row["T"]
     return flops / median(row["seconds"][name]) / (peak * 1e12)
 
 

@@ -26,8 +26,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import decode
@@ -1177,6 +1179,56 @@ def test_a_run_resumes_whatever_it_was_told_about_kernels(before, data, tmp_path
         assert "the fast path needs" in refused(capsys, train, *words)
     assert train.main([*words, *(["--no-fast"] if before else [])]) == 0
     assert hsm.load_checkpoint(path)["step"] == 14
+
+
+def test_a_known_cards_peak_is_known_and_no_others(monkeypatch):
+    cuda = torch.device("cuda", 0)
+
+    def peak(name, dtype=torch.bfloat16, device=cuda):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda asked: name * (asked == cuda))
+        return train.peak_flops(device, dtype)
+
+    assert peak("NVIDIA H100 80GB HBM3") == pytest.approx(989.4e12)
+    assert peak("Tesla T4", torch.float16) == pytest.approx(65e12)
+    assert peak("NVIDIA H100 80GB HBM3", torch.float32) is None  # the table is of 16 bits
+    assert peak("NVIDIA H100 80GB") is None
+    assert peak("NVIDIA H100 80GB HBM3", device=torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("mixers", ["ab", "ab,softmax"])
+def test_useful_operations_are_those_of_the_products(mixers, data):
+    fields = {"n_embd": 32, "n_layer": 4, "pos_emb": "learned"}
+    trainer = trainer_of(small(data, "out", mixers=mixers, **fields))
+    idx = tokens(2, 16, vocab_size=5)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trainer.model(idx, idx)[1].backward()
+    counted = counter.get_total_flops() / idx.numel()
+    n_softmax = 2 * mixers.count("softmax")
+    not_causal = 6 * n_softmax * 32 * 16  # PyTorch counts masked pairs, too
+    vectors = 6 * sum(p.numel() for p in trainer.model.parameters() if p.dim() < 2)
+    assert trainer.flops == counted - not_causal + vectors
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_a_run_on_a_known_card_logs_and_shows_its_share_of_the_peak(
+    n_ranks, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e9)
+    result = train.train(small(data, tmp_path / "out"))
+    trainer = trainer_of(small(data, tmp_path / "out"))
+    trainer.n_ranks = n_ranks
+    assert re.search(r"tokens/s, \d+\.\d% of peak", capsys.readouterr().err)
+    for row in result.history[1:]:
+        share = row["tokens_per_s"] * trainer.flops / 1e9
+        assert row["share_of_peak"] == pytest.approx(share, rel=0.01)
+        assert trainer.share_of_peak(row["tokens_per_s"]) == pytest.approx(share / n_ranks)
+
+
+def test_a_run_on_an_unknown_device_names_no_share(data, tmp_path, capsys):
+    result = train.train(small(data, tmp_path / "out"))
+    assert not any("share_of_peak" in row for row in result.history)
+    errors = capsys.readouterr().err
+    assert "tokens/s" in errors and "peak" not in errors
 
 
 def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):

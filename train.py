@@ -46,6 +46,7 @@ from hsm import (
     layer_table,
     load_checkpoint,
     model_from,
+    n_params,
     save_checkpoint,
 )
 from prepare_data import (
@@ -199,6 +200,45 @@ def choose_kernels(model, wanted, device):
 
 
 # ------------------------------------------------------------------------------------------------
+# What the card could do
+
+# Dense 16-bit peak in TFLOP/s, accumulating in float32, by the name that the driver gives. Sources:
+# NVIDIA's data sheets (H100, H200, A100, L4, T4) and architecture white papers (Ampere GA102 and
+# Ada AD102, for the GeForce cards). A card that is not here gets no share.
+PEAK = {
+    "NVIDIA H200": 989.4,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "Tesla T4": 65.0,
+}
+
+
+def peak_flops(device, dtype):
+    """Dense operations a second of the card at hand, or None where we don't know them."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    tera = PEAK.get(torch.cuda.get_device_name(device))
+    return tera and tera * 1e12
+
+
+def flops_per_token(n_weights, n_softmax, C, T):
+    """Useful operations of a training step, a token: 6 n_weights + 12 n_softmax C T / 2.
+
+    A weight is multiplied and added once forward and twice backward (the embedding as the output's
+    matrix alone); so are C numbers in each of softmax's two products, for every key, and a token
+    sees half of T keys on average.
+    """
+    return 6 * n_weights + 12 * n_softmax * C * T // 2
+
+
+# ------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -334,6 +374,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
         self.kernels = choose_kernels(self.model, config.fast, device)
+        n_weights = self.model.num_params() + n_params(self.model.wte)  # positions add, no more
+        n_softmax = sum(name == "softmax" for name, _ in config.model.layers)
+        self.flops = flops_per_token(n_weights, n_softmax, config.model.n_embd, T)
+        self.peak = peak_flops(device, self.dtype)
         # For a model that one device cannot hold, the README's "More than one GPU" changes this.
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
@@ -355,6 +399,10 @@ class Trainer:
     def seconds(self):
         """Seconds of training so far, evaluations and earlier parts of the run included."""
         return self.seconds_before + time.perf_counter() - self.began
+
+    def share_of_peak(self, tokens_per_s):
+        """Useful operations over what the cards could do, or None for a card that isn't in PEAK."""
+        return self.peak and tokens_per_s * self.flops / (self.n_ranks * self.peak)
 
     def loss(self, idx, targets):
         """Mean loss of a batch, computed in self.dtype where that is safe (autocast)."""
@@ -452,6 +500,8 @@ class Trainer:
             "elapsed_s": round(self.seconds, 2),
             "skipped": n_skipped,
         }
+        if self.peak:
+            row["share_of_peak"] = round(self.share_of_peak(speed), 4)
         self.history.append(row)
         self.tally[:2] = 0
         is_best = val_loss < self.best_loss
@@ -721,7 +771,10 @@ def loop(trainer, stop):
                 if trainer.step % 10 == 0:  # each look waits for the device
                     speed = tokens * (bar.format_dict["rate"] or 0)
                     loss = trainer.look()[0] or math.nan
-                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+                    words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+                    if trainer.peak:
+                        words += f", {trainer.share_of_peak(speed):.1%} of peak"
+                    bar.set_postfix_str(words)
     except BadInput:
         raise
     except torch.OutOfMemoryError as error:
