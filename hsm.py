@@ -585,7 +585,8 @@ class GPT(nn.Module):
         Dropout is off meanwhile. The stream may be of any length: HSM layers go on, softmax layers
         see the last block_size tokens. Learned positions end at block_size; there the model
         starts again from the last block_size / 2 tokens. use_cache=False computes everything anew
-        for each token: the same tokens, slowly. Raises BadInput for values out of range.
+        for each token: the same tokens, slowly. On CUDA a token is one graph (decode.py), where
+        positions are not learned. Raises BadInput for values out of range.
         """
         if max_new_tokens < 0:
             raise BadInput(f"the number of tokens must not be negative, but is {max_new_tokens}")
