@@ -81,7 +81,7 @@ class StaticKV:
         return None if self.is_full else (self.slots <= self.n_seen)[None]
 
 
-def static(cache, max_len=math.inf):
+def static(cache, device, max_len=math.inf):
     """A Cache of the same stream for one token a call, in fixed shapes; `cache` is used up.
 
     The stream may then be max_len tokens long, prompt included, or go on for ever if that is at
@@ -89,10 +89,8 @@ def static(cache, max_len=math.inf):
     """
     if not cache.n_seen:
         raise BadInput("a static cache takes over from one that has read a token or more")
-    first = cache.layers[0]
-    device = (first.kv if isinstance(first, KVCache) else first[0].ring).device
     position, layers = torch.tensor(cache.n_seen, device=device), []
-    while cache.layers:  # a layer at a time, so that memory for both is never needed at once
+    while cache.layers:  # layer by layer, so that only one of them needs its memory twice
         plain = cache.layers.pop(0)
         if isinstance(plain, KVCache):
             layers.append(StaticKV(plain, position, max_len))
@@ -116,8 +114,8 @@ class Decoder:
     def __init__(self, model, cache, max_len=math.inf):
         has_end = max_len < model.config.block_size and "softmax" in dict(model.config.layers)
         self.n_left = max_len - cache.n_seen if has_end else math.inf
-        self.cache = cache = static(cache, max_len)
-        device = cache.n_seen.device
+        device = model.wte.weight.device
+        self.cache = cache = static(cache, device, max_len)
         self.idx = idx = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
 
         def step():  # without self, whose memory would otherwise wait for the garbage collector

@@ -361,7 +361,7 @@ class KVCache:
     front. With capacity = 2 window that costs one copied token a token.
     """
 
-    mask = None  # a single token sees all that it gives
+    mask = None  # a single token sees all that it gives (of decode.py's ring, what is filled)
 
     def __init__(self, window, capacity):
         self.window, self.capacity = window, capacity

@@ -335,6 +335,18 @@ def test_a_decoder_refuses_another_batch_and_a_cache_without_a_prompt():
         Decoder(model, model.init_cache(2))
 
 
+def test_a_decoder_takes_memory_over_layer_by_layer(monkeypatch):
+    taken = []
+
+    def begin(self, plain, *_):
+        assert not any(before() for before in taken)  # none of the layers before is still there
+        taken.append(weakref.ref(plain))
+
+    monkeypatch.setattr(decode.StaticKV, "__init__", begin)
+    after(tiny("softmax"), tokens(2, 3))
+    assert len(taken) == 4
+
+
 def test_a_decoder_without_a_user_frees_its_memory_at_once():
     gone = weakref.ref(after(tiny("ab,softmax"), tokens(2, 3)).idx)
     assert gone() is None
