@@ -65,7 +65,7 @@ def flags(config):
         for name, value in vars(part).items():
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-            elif name != "model":
+            elif name != "model" and value is not None:  # None: as if no flag were given
                 words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
