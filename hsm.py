@@ -32,9 +32,8 @@ ring buffer for streams); the pair functions; the configuration; the mixers; the
 receptive field and layer table; checkpoints.
 
 Not in this file: data and tokenizers (prepare_data.py), the training loop (train.py), fused kernels
-(fast.py), CUDA graphs (decode.py), more than one GPU, weights of other projects. This is our
-reading of arXiv:2601.22852 (R. Forchheimer, 2026); the README lists what we chose where we could
-not know.
+(fast.py), CUDA graphs (decode.py), more than one GPU, weights of others. This is our reading of
+arXiv:2601.22852 (R. Forchheimer, 2026); the README lists what we chose where we could not know.
 """
 
 import math
