@@ -1,0 +1,440 @@
+"""Train the grid of models behind the README's claims; make its tables and pictures from the logs.
+
+    python results/reproduce.py --list           what there is to train, and what is done
+    python results/reproduce.py                  train what is missing: many hours (README.md here)
+    python results/reproduce.py --only ab,softmax-rope --corpora shakespeare
+    python results/reproduce.py --table-only     from the logs alone: table.md, README, pictures
+
+A run is one call of train.py's train(). At its end its curve goes to logs/SCALE/RUN.jsonl: a line
+that says what was trained, a line an evaluation, and a line with a checksum of the rest. A log that
+is whole and of the configuration asked for is never made again; any other is named and made anew.
+Ctrl-C, or a power cut, loses at most the steps since the last evaluation: the same command goes on.
+On a machine with more cores, start the command in more terminals; each takes the next free run.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import tables  # noqa: E402
+
+from bench import device_name  # noqa: E402
+from hsm import GPT, BadInput, GPTConfig, atomic_write, load_checkpoint  # noqa: E402
+from prepare_data import download, parse, prepare  # noqa: E402
+from prepare_data import run as run_program  # noqa: E402
+from train import PRESETS, TrainConfig, get_data, pick_device, train  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------
+# What is trained
+
+
+def random_shifts(seed):
+    """Seven random shifts that add up to 127, the reach of 1, 2, 4 .. 64; others for each seed."""
+    cuts = np.random.default_rng(seed).choice(np.arange(1, 127), size=6, replace=False)
+    return ",".join(map(str, np.diff([0, *sorted(cuts), 127])))
+
+
+@dataclass
+class Model:
+    """A row of the table: how it differs from GPTConfig's defaults (ab in each layer)."""
+
+    about: str
+    fields: dict  # of GPTConfig; a function of the seed where it is random
+    lr: float = 8e-3  # the best of the sweep (CPU scale)
+
+    def config(self, base, seed):
+        fields = {k: v(seed) if callable(v) else v for k, v in self.fields.items()}
+        return replace(base, **fields)
+
+
+MIDDLE = "ab,ab,ab,softmax,ab,ab,ab"
+LAST = "ab,ab,ab,ab,ab,ab,softmax"
+MODELS = {
+    "softmax-learned": Model(
+        "softmax, learned positions (GPT-2)", {"mixers": "softmax", "pos_emb": "learned"}
+    ),
+    "softmax-rope": Model("softmax, rotary positions", {"mixers": "softmax"}),
+    "ab": Model("ab", {"mixers": "ab"}),
+    "vec": Model("vec", {"mixers": "vec"}),
+    "matrix": Model("matrix", {"mixers": "matrix"}),
+    "gate1": Model("gate1", {"mixers": "gate1"}),
+    "gate2": Model("gate2", {"mixers": "gate2"}),
+    "fusion": Model("fusion", {"mixers": "fusion"}),
+    "mult": Model("mult", {"mixers": "mult"}),
+    "hybrid-middle": Model("ab, the middle layer softmax", {"mixers": MIDDLE}),
+    "hybrid-last": Model("ab, the last layer softmax", {"mixers": LAST}),
+    "hybrid-2nd": Model("ab, every second layer softmax", {"mixers": "ab,softmax"}),
+    "hybrid-3rd": Model("ab, every third layer softmax", {"mixers": "ab,ab,softmax"}),
+    "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
+    "ab-random": Model(
+        "ab, one random shift a layer, the same reach", {"mixers": "ab", "shifts": random_shifts}
+    ),
+    "ab-linear": Model(
+        "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
+    ),
+    "ab-ones": Model("ab, each shift 1", {"mixers": "ab", "shifts": "1"}),
+    "ab-4C": Model("ab, feed-forward 4 C wide: fewer parameters", {"mixers": "ab", "d_ff": 256}),
+}
+CPU = replace(
+    PRESETS["quick"], steps=4000, eval_interval=400, sample_tokens=0, device="cpu", dtype="float32"
+)
+GPU = {"sample_tokens": 0, "device": "cuda"}
+
+
+@dataclass
+class Scale:
+    """A part of the grid: its corpora, each with how it is trained, its models, their seeds."""
+
+    corpora: dict
+    models: tuple
+    seeds: int = 3
+
+
+SCALES = {
+    "cpu": Scale(
+        {
+            "shakespeare": replace(CPU, data="data/shakespeare_char"),
+            "stdlib": replace(CPU, data="data/stdlib_byte"),
+            "tinystories": replace(CPU, data="data/tinystories_sample"),
+        },
+        tuple(MODELS),
+    ),
+    "gpu": Scale(
+        {
+            "shakespeare": replace(PRESETS["shakespeare"], **GPU),
+            "tinystories": replace(PRESETS["tinystories"], steps=2000, eval_interval=200, **GPU),
+        },
+        (*tables.BASELINES, "ab", "hybrid-3rd"),
+    ),
+    "sweep": Scale(  # of the learning rate, in the place of corpora
+        {
+            f"lr-{lr}": replace(CPU, steps=1000, eval_interval=500, lr=lr)
+            for lr in (0.004, 0.008, 0.016)
+        },
+        tuple(MODELS),
+        seeds=1,
+    ),
+}
+
+# TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
+SAMPLE_URL = (
+    "https://raw.githubusercontent.com/mines-opt-ml/decoding-gpt/"
+    "79274e31fe66ed5cf23be815bf51dc63a4ca57a6/data/tinystories_10k.txt"
+)
+SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
+
+
+def data_of(folder):
+    """meta of a prepared folder, which is prepared if need be. A stand-in is not taken."""
+    folder = Path(folder)
+    if folder.name == "tinystories_sample" and not (folder / "meta.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "input.txt").is_file():
+            download(SAMPLE_URL, folder / "input.txt", SAMPLE_SHA256)
+        prepare("tinystories", tokenizer="char", folder=folder)
+    found, meta = get_data(folder)
+    if Path(found) != folder:
+        raise BadInput(f"{folder} is not there, and a run on {found} would not be the same")
+    return meta
+
+
+# ------------------------------------------------------------------------------------------------
+# A run and its log
+
+
+@dataclass
+class Run:
+    """One model, one corpus, one seed."""
+
+    scale: str
+    corpus: str
+    model: str
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self):
+        return f"{self.corpus}.{self.model}.{self.config.steps}.s{self.seed}"
+
+    def describe(self):
+        """What a log must say to be this run's: all that the numbers depend on but the data."""
+        fields = asdict(self.config)
+        model = fields.pop("model")
+        for name in ("out", "data", "resume", "sample_tokens", "device", "dtype", "fast"):
+            fields.pop(name)
+        return {"model": {**model, "vocab_size": 0}, "train": fields}
+
+
+def make_runs(scale, models, corpora, seeds, steps, out):
+    """The runs asked for, in the order of seeds: cut off early, each row has the same number."""
+    runs = []
+    for seed in range(1, seeds + 1):
+        for corpus in corpora:
+            for name in models:
+                base, model = SCALES[scale].corpora[corpus], MODELS[name]
+                n = steps or base.steps
+                shape = model.config(base.model, seed)
+                lr = model.lr if scale == "cpu" else base.lr
+                interval = min(base.eval_interval, n)
+                config = replace(base, model=shape, seed=seed, steps=n, lr=lr)
+                config = replace(config, eval_interval=interval)
+                new = Run(scale, corpus, name, seed, config)
+                new.config.out = str(Path(out) / scale / new.name)
+                runs.append(new)
+    return runs
+
+
+def write_log(path, head, history):
+    """head, the rows of log.jsonl, and a checksum of these lines: whole or not at all."""
+    lines = "".join(json.dumps(row) + "\n" for row in (head, *history))
+    end = {"rows": len(history), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(lines + json.dumps(end) + "\n", encoding="utf-8", newline="\n")
+
+
+def read_log(path):
+    """(head, rows) of a log. BadInput where it is not as write_log left it."""
+    try:
+        text = path.read_bytes()
+        *lines, last = text.splitlines(keepends=True)
+        end = json.loads(last)
+        if end["sha256"] != hashlib.sha256(b"".join(lines)).hexdigest():
+            raise ValueError("checksum")
+        head, *rows = map(json.loads, lines)
+        if len(rows) != end["rows"] or not rows:
+            raise ValueError("rows")
+        return head, rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path.name} is damaged") from error
+
+
+def finished(run, folder, warn=print):
+    """(head, rows) of this run's log in folder, or None, with a word on what is wrong with it."""
+    path = Path(folder) / run.scale / f"{run.name}.jsonl"
+    if not path.is_file():
+        return None
+    try:
+        head, rows = read_log(path)
+    except BadInput as error:
+        warn(f"warning: {error}: not counted; the run is to be made again")
+        return None
+    if not is_of(run, head.get("model"), head.get("train")):
+        warn(f"warning: {path.name} is of another configuration: not counted")
+        return None
+    return head, rows
+
+
+def work(run, folder):
+    """Train this run, go on with it if it was begun, and write its log. Returns a signal or 0."""
+    meta = data_of(run.config.data)
+    others = Path(folder, run.scale).glob(f"{run.corpus}.*.jsonl")
+    for path in others:
+        try:
+            sha256 = read_log(path)[0]["data"]["sha256"]
+        except (BadInput, KeyError):
+            continue
+        if sha256 != meta["sha256"]:
+            raise BadInput(
+                f"{run.config.data} is not the text that {path.name} was made with, so its runs "
+                "would not compare; use another --dir, or the same text"
+            )
+    began = replace(run.config, resume=can_resume(run))
+    result = train(began)
+    if result.stopped_by:
+        return result.stopped_by
+    head = {
+        "run": run.name,
+        **run.describe(),
+        "parameters": result.model.num_params(),
+        "flops_a_token": flops_a_token(result.model.config),
+        "data": {key: meta[key] for key in ("sha256", "vocab_size", "val_tokens", "val_bytes")},
+        "device": device_name(pick_device(run.config.device)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    write_log(Path(folder) / run.scale / f"{run.name}.jsonl", head, result.history)
+    return 0
+
+
+def can_resume(run):
+    """Whether there is a whole checkpoint of just this run to go on from."""
+    try:
+        saved = load_checkpoint(Path(run.config.out) / "ckpt.pt")
+    except BadInput:
+        return False
+    return is_of(run, saved["config"], saved.get("train"))
+
+
+def is_of(run, model, train):
+    """Whether these fields are the run's; one that is not there has its default."""
+    try:
+        config = TrainConfig(model=GPTConfig(**model), **train)
+    except (TypeError, ValueError):
+        return False
+    return replace(run, config=config).describe() == run.describe()
+
+
+def flops_a_token(config):
+    """Multiplications and additions of a training step a token: 6 a weight, and attention's own.
+
+    A token is compared with (T + 1) / 2 others on the mean, in products of C numbers, twice (scores
+    and values); each costs 2 operations forward and 4 backward.
+    """
+    model = GPT(config)
+    weights = model.num_params() + config.vocab_size * config.n_embd  # the output head counts
+    n_softmax = sum(name == "softmax" for name, _ in config.layers)
+    return 6 * weights + 6 * config.n_embd * (config.block_size + 1) * n_softmax
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+HEAD = """# The grid
+
+Written by `python results/reproduce.py --table-only` from the logs in logs/cpu, logs/gpu and
+logs/sweep. Losses are those of the last step, over the validation text: mean ± half of the 95%
+interval over seeds (Student's t). Differences are paired, seed by seed, with the same data in the
+same order; below 0 is better than the baseline. In brackets: parameters beside the baseline's.
+"""
+
+
+@dataclass
+class ReproduceConfig:
+    """What the command line takes."""
+
+    scale: Literal["cpu", "gpu", "sweep"] = "cpu"  # 0.35M parameters; 10M or more; learning rates
+    only: str = ""  # names of models, comma-separated; --list shows them
+    corpora: str = ""  # names of corpora, comma-separated
+    seeds: int = 0  # seeds 1 .. N; 0: the scale's own number
+    steps: int = 0  # steps of each run; 0: the scale's own, which alone go into the tables
+    dir: str = str(HERE)  # where logs/, table.md and pictures lie
+    out: str = "out/reproduce"  # where runs keep their checkpoints until they are done
+    table_only: bool = False  # train nothing
+    list: bool = False  # show the runs and how far each is, and do nothing
+
+    def __post_init__(self):
+        if self.seeds < 0 or self.steps < 0:
+            raise BadInput("seeds and steps must be 0 (the scale's own) or more")
+        its = SCALES[self.scale]
+        for flag, known in (("only", its.models), ("corpora", its.corpora)):
+            for name in self.names(flag):
+                if name not in known:
+                    one = "model" if flag == "only" else "corpus"
+                    raise BadInput(f"unknown {one} {name!r}; choose from {', '.join(known)}")
+
+    def names(self, flag):
+        """The names of --only or --corpora; all of the scale's where none is given."""
+        its = SCALES[self.scale]
+        known = its.models if flag == "only" else tuple(its.corpora)
+        return (
+            tuple(name.strip() for name in getattr(self, flag).split(",") if name.strip()) or known
+        )
+
+
+def state_of(run, folder):
+    """One word or two on how far a run is."""
+    if finished(run, folder, warn=lambda _: None):
+        return "done"
+    if (Path(folder) / run.scale / f"{run.name}.jsonl").is_file():
+        return "its log is damaged or of another configuration: to be made again"
+    return "begun" if can_resume(run) else "to do"
+
+
+def train_all(runs, folder):
+    """Train what is not finished and what no other process is at. Returns a signal or 0."""
+    for run in runs:
+        lock = Path(f"{run.config.out}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=0):
+                if finished(run, folder) is None:
+                    print(f"\n{run.name}")
+                    stopped_by = work(run, folder)
+                    if stopped_by:
+                        return stopped_by
+        except Timeout:
+            print(f"{run.name}: another process is at it")
+    return 0
+
+
+def read_logs(scale, folder):
+    """corpus -> model -> seed -> (head, rows): the whole logs of a scale."""
+    its, logs = SCALES[scale], {}
+    seeds = max(
+        (int(p.stem.rpartition(".s")[2]) for p in Path(folder, scale).glob("*.s*.jsonl")), default=0
+    )
+    for one in make_runs(scale, its.models, its.corpora, seeds, 0, ""):
+        log = finished(one, folder)
+        if log is not None:
+            logs.setdefault(one.corpus, {}).setdefault(one.model, {})[one.seed] = log
+    return logs
+
+
+def write_tables(folder):
+    """table.md, pictures and the README's table, of all scales, from the logs in folder/logs."""
+    folder, about = Path(folder), {name: model.about for name, model in MODELS.items()}
+    lines, claims = [], []
+    for scale in SCALES:
+        logs = read_logs(scale, folder / "logs")
+        if not logs:
+            lines += [f"## {scale} scale", "", "Not yet run.", ""]
+        elif scale == "sweep":
+            lines += tables.sweep_section(logs, about)
+        else:
+            for corpus, models in logs.items():
+                lines += tables.corpus_section(scale, corpus, models, about)
+            claims += tables.claims_table(logs, about)
+            for name in ("curves", "compute"):
+                draw = getattr(tables, f"draw_{name}")
+                tables.save_picture(draw, logs, about, folder / f"{name}_{scale}.png")
+    write_text(folder / "table.md", "\n".join([HEAD, *lines]).rstrip() + "\n")
+    if folder.resolve() == HERE:
+        page = HERE.parent / "README.md"
+        text = page.read_text(encoding="utf-8")
+        write_text(page, tables.between_marks(text, "claims", claims))
+
+
+def write_text(path, text):
+    """text into path, unless it is there already."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic_write(path) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse(ReproduceConfig, arguments, "Train the grid of models; write its tables.")
+    logs = Path(config.dir) / "logs"
+    names = (config.names("only"), config.names("corpora"))
+    seeds = config.seeds or SCALES[config.scale].seeds
+    runs = make_runs(config.scale, *names, seeds, config.steps, config.out)
+    if config.list:
+        for run in runs:
+            print(f"{run.name}: {state_of(run, logs)}")
+        return 0
+    if not config.table_only:
+        if config.scale == "cpu":
+            torch.set_num_threads(1)  # small models: a core each, and the same sums everywhere
+        stopped_by = train_all(runs, logs)
+        if stopped_by:
+            return 128 + stopped_by  # as shells count
+    write_tables(config.dir)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

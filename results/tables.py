@@ -1,0 +1,263 @@
+"""Tables and pictures of the grid, from its logs alone. reproduce.py calls this file.
+
+logs is, for one scale, a dict  corpus -> model -> seed -> (head, rows):  the lines of one log.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+
+from hsm import BadInput, atomic_write
+
+BASELINES = ("softmax-learned", "softmax-rope")
+
+# 97.5% quantiles of Student's t, by degrees of freedom: half a 95% interval of a mean over n runs
+# is T95[n - 1] * s / sqrt(n).
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(values):
+    """(mean, half of its 95% interval; nan where one value tells nothing of the spread)."""
+    n = len(values)
+    half = T95[min(n, len(T95)) - 1] * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return mean(values), half
+
+
+def cell(values, form):
+    """The mean ± half the interval; the mean alone of one value; a dash of none."""
+    if not values:
+        return "-"
+    middle, half = interval(values)
+    spread = "" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}"
+    return f"{middle:{form}}{spread}"
+
+
+def last_losses(its):
+    """seed -> the last step's loss. its: seed -> (head, rows)."""
+    return {seed: rows[-1]["val_loss"] for seed, (_, rows) in its.items()}
+
+
+def excess(its, baseline):
+    """How much higher the last losses are than the baseline's, in %, for each seed of both."""
+    its, baseline = last_losses(its), last_losses(baseline)
+    return [100 * (its[seed] / baseline[seed] - 1) for seed in its if seed in baseline]
+
+
+def mean_loss(its):
+    return mean(last_losses(its).values())
+
+
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def rule(n):
+    return line(*["---"] * n)
+
+
+def corpus_table(models, about):
+    """A corpus's rows, the lowest loss first. models: model -> seed -> (head, rows)."""
+    head = ("model", "parameters", "seeds", "loss, nats a token", "bits a byte")
+    head += ("% over softmax, learned positions", "% over softmax, rotary")
+    head += ("MFLOP a token", "minutes")
+    lines = [line(*head), rule(len(head))]
+    full = [its for name, its in models.items() if name in BASELINES]
+    n_full = next(iter(full[0].values()))[0]["parameters"] if full else None
+    for name in sorted(models, key=lambda name: mean_loss(models[name])):
+        its = models[name]
+        first = next(iter(its.values()))[0]
+        last = [rows[-1] for _, rows in its.values()]
+        share = f" ({100 * (first['parameters'] / n_full - 1):+.2f}%)" if n_full else ""
+        over = [
+            "" if name == b else cell(excess(its, models.get(b, {})), "+.2f") for b in BASELINES
+        ]
+        lines.append(
+            line(
+                about[name],
+                f"{first['parameters']:,}{share}",
+                str(len(its)),
+                cell([end["val_loss"] for end in last], ".4f"),
+                f"{mean(end['val_bpb'] for end in last):.4f}",
+                *over,
+                f"{first['flops_a_token'] / 1e6:.2f}",
+                f"{mean(end['elapsed_s'] for end in last) / 60:.1f}",
+            )
+        )
+    return lines
+
+
+def corpus_section(scale, corpus, models, about):
+    """A heading, what was run on what, and the table."""
+    heads = [head for its in models.values() for head, _ in its.values()]
+    model, train = heads[0]["model"], heads[0]["train"]
+    devices, versions = ({head[key] for head in heads} for key in ("device", "torch"))
+    return [
+        f"## {corpus}, {scale} scale",
+        "",
+        f"{model['n_layer']} layers, {model['n_embd']} wide, T = {model['block_size']}, batch "
+        f"{train['batch_size']}, {train['steps']:,} steps; {len(heads)} runs on "
+        f"{', '.join(sorted(devices))}, torch {', '.join(sorted(versions))}.",
+        "",
+        *corpus_table(models, about),
+        "",
+    ]
+
+
+def sweep_section(logs, about):
+    """The learning-rate sweep: a row a model, a column a rate, the lowest in bold."""
+    names = list(dict.fromkeys(name for models in logs.values() for name in models))
+    lines = ["## Learning rates", ""]
+    head, _ = next(iter(next(iter(next(iter(logs.values())).values())).values()))
+    steps = head["train"]["steps"]
+    lines += [f"Loss after {steps:,} steps with their own cosine, one seed, Shakespeare.", ""]
+    lines += [line("model", *logs), rule(len(logs) + 1)]
+    for name in names:
+        losses = [
+            mean_loss(models[name]) if name in models else math.inf for models in logs.values()
+        ]
+        cells = [f"{loss:.4f}" if loss < math.inf else "-" for loss in losses]
+        cells[int(np.argmin(losses))] = f"**{min(losses):.4f}**"
+        lines.append(line(about[name], *cells))
+    return [*lines, ""]
+
+
+def claims_table(logs, about):
+    """The README's rows: of each corpus both baselines, the best HSM alone, the best hybrid."""
+    head = ("corpus", "model", "seeds", "loss, nats a token")
+    head += ("% over softmax, learned positions", "% over softmax, rotary")
+    lines = [line(*head), rule(len(head))]
+    for corpus, models in logs.items():
+        most = max(len(its) for its in models.values())
+        pure, hybrid = [], []
+        for name, its in models.items():
+            if name not in BASELINES and len(its) == most:  # a lucky single seed is no winner
+                mixers = next(iter(its.values()))[0]["model"]["mixers"]
+                (hybrid if "softmax" in mixers else pure).append((mean_loss(its), name))
+        best = [min(kind)[1] for kind in (pure, hybrid) if kind]
+        for name in (*(b for b in BASELINES if b in models), *best):
+            its = models[name]
+            over = [
+                "" if name == b else cell(excess(its, models.get(b, {})), "+.2f") for b in BASELINES
+            ]
+            losses = list(last_losses(its).values())
+            lines.append(line(corpus, about[name], str(len(its)), cell(losses, ".4f"), *over))
+    return lines
+
+
+def between_marks(text, name, lines):
+    """text with what stands between its <!-- name --> and <!-- /name --> replaced by lines."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, first, rest = text.partition(begin)
+    _, second, after = rest.partition(end)
+    if not first or not second:
+        raise BadInput(f"the page has lost its marks {begin} and {end}: put them back")
+    return "\n".join([f"{before}{begin}", "", *lines, "", f"{end}{after}"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+STYLES = {  # colours that colour-blind eyes tell apart
+    "softmax-learned": ("#000000", "--"),
+    "softmax-rope": ("#000000", "-"),
+    "ab": ("#0072b2", "-"),
+    "hybrid-3rd": ("#d55e00", "-"),
+}
+
+
+def mean_curve(logs, x):
+    """(xs, losses), means over some logs. x(row) says where on the axis a row is."""
+    xs = np.mean([[x(row) for row in rows] for _, rows in logs], axis=0)
+    return xs, np.mean([[row["val_loss"] for row in rows] for _, rows in logs], axis=0)
+
+
+def finish(axes, logs):
+    """Titles, scales and grids that both pictures share. The losses' first point is left out."""
+    for column, (corpus, models) in zip(axes.T, logs.items(), strict=True):
+        column[0].set_title(corpus)
+        for panel in column:
+            panel.grid(alpha=0.3, which="both")
+        losses = [
+            row["val_loss"] for its in models.values() for _, rows in its.values() for row in rows
+        ]
+        for panel in column if axes[1, 0].get_ylabel() == axes[0, 0].get_ylabel() else column[:1]:
+            panel.set_yscale("log")
+            panel.set_ylim(0.98 * min(losses), 1.6 * min(losses))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:.3g}")
+    axes[0, 0].legend(fontsize=8)
+
+
+def draw_curves(logs, about, figure):
+    """A column a corpus: loss by steps; under it, how far over rotary softmax, in %."""
+    axes = figure.subplots(2, len(logs), squeeze=False, sharex="col")
+    for (upper, lower), models in zip(axes.T, logs.values(), strict=True):
+        zero = models.get("softmax-rope", {})
+        for name, (colour, style) in STYLES.items():
+            its = models.get(name)
+            if not its:
+                continue
+            steps, losses = mean_curve(its.values(), lambda row: row["step"])
+            upper.plot(steps[1:], losses[1:], style, color=colour, label=about[name])
+            both = [(its[seed][1], zero[seed][1]) for seed in its if seed in zero]
+            if not both:
+                continue
+            over = np.array(
+                [
+                    [100 * (a["val_loss"] / b["val_loss"] - 1) for a, b in zip(*pair, strict=True)]
+                    for pair in both
+                ]
+            )[:, 1:]
+            lower.plot(steps[1:], over.mean(axis=0), style, color=colour)
+            lower.fill_between(
+                steps[1:], over.min(axis=0), over.max(axis=0), color=colour, alpha=0.2, lw=0
+            )
+        lower.set_xlabel("steps")
+    axes[0, 0].set_ylabel("validation loss, nats a token")
+    axes[1, 0].set_ylabel("% over rotary softmax\n(band: lowest to highest seed)")
+    finish(axes, logs)
+
+
+def draw_compute(logs, about, figure):
+    """A column a corpus: loss by floating-point operations; under it, by seconds."""
+    axes = figure.subplots(2, len(logs), squeeze=False)
+    for (upper, lower), models in zip(axes.T, logs.values(), strict=True):
+        for name, (colour, style) in STYLES.items():
+            its = models.get(name)
+            if not its:
+                continue
+            head = next(iter(its.values()))[0]
+            train = head["train"]
+            tokens = train["batch_size"] * train["grad_accum"] * head["model"]["block_size"]
+            a_step = tokens * head["flops_a_token"] / 1e12
+            for panel, x in (
+                (upper, lambda row, a_step=a_step: row["step"] * a_step),
+                (lower, lambda row: row["elapsed_s"]),
+            ):
+                xs, losses = mean_curve(its.values(), x)
+                panel.plot(xs[1:], losses[1:], style, color=colour, label=about[name])
+        upper.set_xlabel("10¹² floating-point operations")
+        lower.set_xlabel("seconds, evaluations included")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("validation loss, nats a token")
+    finish(axes, logs)
+
+
+def save_picture(draw, logs, about, path):
+    """Draw to path, unless the picture there was drawn from the same logs by the same code.
+
+    Other versions of matplotlib make other bytes, and a reader's command must not change ours.
+    """
+    from matplotlib.figure import Figure  # here, because it takes a second
+
+    code = Path(__file__).read_text(encoding="utf-8").partition("\n# Pictures\n")[2]
+    digest = hashlib.sha256((repr(logs) + repr(about) + code).encode()).hexdigest()
+    if path.is_file() and digest.encode() in path.read_bytes():
+        return
+    figure = Figure(figsize=(4 * len(logs) + 1, 6.5), layout="constrained")
+    draw(logs, about, figure)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, metadata={"Description": digest})

@@ -1,0 +1,296 @@
+"""Tests of the grid: its logs, its tables, and that a killed grid ends like an undisturbed one."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import reproduce  # noqa: E402
+import tables  # noqa: E402
+
+from hsm import GPT, BadInput  # noqa: E402
+from prepare_data import prepare  # noqa: E402
+
+torch.set_num_threads(1)
+LINE = "the quick brown fox jumps over the lazy dog, and nobody knows why it does so.\n"
+TINY = {"batch_size": 2, "eval_interval": 2, "warmup": 1, "eval_tokens": 64}
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """A grid of two models and one corpus that trains in a second; returns the command's flags."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "text"
+    folder.mkdir(parents=True)
+    (folder / "input.txt").write_text(LINE * 40, encoding="utf-8")
+    prepare("file", folder / "input.txt", "char", folder)
+    base = reproduce.CPU
+    shape = replace(base.model, n_layer=3, n_embd=16, block_size=16, n_head=2)
+    base = replace(base, model=shape, data=str(folder), steps=6, **TINY)
+    scale = reproduce.Scale({"text": base}, ("softmax-rope", "ab"), seeds=2)
+    monkeypatch.setattr(reproduce, "SCALES", {"cpu": scale})
+    return ["--dir", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
+
+
+def logs_of(tmp_path):
+    """name -> bytes of each log."""
+    return {path.name: path.read_bytes() for path in (tmp_path / "results/logs/cpu").iterdir()}
+
+
+def without_times(text):
+    """The lines of a log, without what a clock says, nor the checksum that covers it."""
+    rows = [json.loads(line) for line in text.splitlines()[:-1]]
+    clocks = ("elapsed_s", "tokens_per_s", "date")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+
+
+def test_a_grid_leaves_whole_logs_and_trains_nothing_twice(grid, tmp_path, monkeypatch, capsys):
+    assert reproduce.main(grid) == 0
+    logs = logs_of(tmp_path)
+    names = [f"text.{model}.6.s{seed}.jsonl" for model in ("softmax-rope", "ab") for seed in (1, 2)]
+    assert sorted(logs) == sorted(names)
+    for name, text in logs.items():
+        head, *rows = map(json.loads, text.splitlines()[:-1])
+        assert head["run"] + ".jsonl" == name and head["torch"] == torch.__version__
+        assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    assert logs[names[0]] != logs[names[1]]  # the seed matters
+    monkeypatch.setattr(reproduce, "train", None)
+    assert reproduce.main(grid) == 0 and logs_of(tmp_path) == logs
+    capsys.readouterr()
+    reproduce.main([*grid, "--list"])
+    assert capsys.readouterr().out.count(": done\n") == 4
+
+
+def test_other_steps_have_logs_of_their_own_and_stay_out_of_the_tables(grid, tmp_path):
+    reproduce.main([*grid, "--steps", "3", "--only", "ab", "--seeds", "1"])
+    assert list(logs_of(tmp_path)) == ["text.ab.3.s1.jsonl"]
+    assert "Not yet run" in (tmp_path / "results/table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_grid_goes_on_to_the_same_logs(grid, tmp_path, monkeypatch, stop):
+    reproduce.main(grid)
+    undisturbed = {name: without_times(text) for name, text in logs_of(tmp_path).items()}
+    shutil.rmtree(tmp_path / "results")
+    shutil.rmtree(tmp_path / "out")
+    # The second run is stopped in its fourth step, and so is the one after it.
+    for stopped in ("text.ab.6.s1", "text.softmax-rope.6.s2"):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            update = __import__("train").Trainer.update
+
+            def update_or_die(trainer, update=update, stopped=stopped):
+                update(trainer)
+                if trainer.step == 4 and stopped in trainer.config.out:
+                    os.kill(os.getpid(), stop)
+
+            monkeypatch.setattr("train.Trainer.update", update_or_die)
+            os._exit(reproduce.main(grid))
+        status = os.waitpid(child, 0)[1]
+        if stop == signal.SIGKILL:
+            assert os.WTERMSIG(status) == stop
+        else:
+            assert os.waitstatus_to_exitcode(status) == 128 + stop
+        assert f"{stopped}.jsonl" not in logs_of(tmp_path)
+    reproduce.main(grid)
+    assert {name: without_times(text) for name, text in logs_of(tmp_path).items()} == undisturbed
+
+
+def test_a_checkpoint_of_another_configuration_is_not_gone_on_from(grid, tmp_path):
+    its = reproduce.make_runs("cpu", ("ab",), ("text",), 1, 0, tmp_path / "out")[0]
+    reproduce.train(replace(its.config, steps=2))
+    assert not reproduce.can_resume(its)  # the cosine of two steps is another one
+    reproduce.train(its.config)
+    assert reproduce.can_resume(its)
+    (tmp_path / "out/cpu/text.ab.6.s1/ckpt.pt").write_bytes(b"torn")
+    assert not reproduce.can_resume(its)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: text.replace(b'"val_loss": ', b'"val_loss": 1', 1),
+        lambda text: b"".join(text.splitlines(keepends=True)[:2]),
+        lambda text: b"",
+        lambda text: b"\xff" + text,
+        lambda text: b"1\n2\n",
+    ],
+)
+def test_a_damaged_log_is_named_not_counted_and_made_again(grid, tmp_path, capsys, damage):
+    flags = [*grid, "--only", "ab"]
+    reproduce.main(flags)
+    path = tmp_path / "results/logs/cpu/text.ab.6.s2.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    capsys.readouterr()
+    reproduce.main([*flags, "--table-only"])
+    assert "warning: text.ab.6.s2.jsonl is damaged" in capsys.readouterr().out
+    table = (tmp_path / "results/table.md").read_text(encoding="utf-8")
+    assert "; 1 runs on" in table
+    reproduce.main(flags)
+    assert without_times(path.read_bytes()) == without_times(whole)
+    assert "; 2 runs on" in (tmp_path / "results/table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [{"lr": 1.0}, {"seed": 7}, {"n_layer": 2}, {"mixers": "vec"}])
+def test_a_log_of_another_configuration_is_named_and_not_counted(grid, tmp_path, capsys, change):
+    reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
+    path = tmp_path / "results/logs/cpu/text.ab.6.s1.jsonl"
+    head, rows = reproduce.read_log(path)
+    for part in ("train", "model"):
+        head[part] |= {name: value for name, value in change.items() if name in head[part]}
+    reproduce.write_log(path, head, rows)
+    capsys.readouterr()
+    reproduce.main([*grid, "--table-only"])
+    assert "another configuration" in capsys.readouterr().out
+    assert "Not yet run" in (tmp_path / "results/table.md").read_text(encoding="utf-8")
+
+
+def test_a_log_from_before_a_new_field_counts_if_the_field_has_its_default(grid, tmp_path):
+    reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
+    path = tmp_path / "results/logs/cpu/text.ab.6.s1.jsonl"
+    its = reproduce.make_runs("cpu", ("ab",), ("text",), 1, 0, "")[0]
+    head, rows = reproduce.read_log(path)
+    del head["model"]["in_proj"], head["train"]["beta2"]
+    reproduce.write_log(path, head, rows)
+    assert reproduce.finished(its, path.parent.parent)
+
+
+def test_another_text_is_refused(grid, tmp_path):
+    reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
+    folder = tmp_path / "data" / "text"
+    (folder / "input.txt").write_text(LINE * 41, encoding="utf-8")
+    prepare("file", folder / "input.txt", "char", folder)
+    with pytest.raises(BadInput, match="not the text"):
+        reproduce.main([*grid, "--only", "ab"])
+
+
+def test_two_commands_share_the_runs(grid, tmp_path, capsys):
+    with reproduce.FileLock(tmp_path / "out/cpu/text.ab.6.s1.lock"):
+        reproduce.main([*grid, "--only", "ab"])
+    assert list(logs_of(tmp_path)) == ["text.ab.6.s2.jsonl"]
+    assert "another process is at it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--only", "nope"], "unknown model 'nope'; choose from softmax-learned, softmax-rope, ab"),
+        (["--corpora", "nope"], "unknown corpus 'nope'; choose from shakespeare, stdlib"),
+        (["--scale", "gpu", "--only", "mult"], "unknown model 'mult'"),
+        (["--seeds", "-1"], "seeds and steps"),
+        (["--scale", "tpu"], "tpu"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, words):
+    with pytest.raises(BadInput) as error:
+        reproduce.main(flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_committed_tables_and_pictures_are_those_of_the_committed_logs(tmp_path):
+    """--table-only, in a copy, changes no byte."""
+    copy = tmp_path / "hsm"
+    left_out = shutil.ignore_patterns(".git", "data", "out", ".*", "notebooks", "__pycache__")
+    shutil.copytree(HERE.parent, copy, ignore=left_out)
+
+    def digests():
+        paths = [copy / "README.md", *(copy / "results").rglob("*")]
+        return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+
+    (copy / "results/table.md").write_text("old", encoding="utf-8")
+    words = [sys.executable, "-B", "results/reproduce.py", "--table-only"]
+    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "warning" not in done.stdout, done.stdout + done.stderr
+    for path, digest in digests().items():
+        theirs = HERE.parent / path.relative_to(copy)
+        assert digest == hashlib.sha256(theirs.read_bytes()).hexdigest(), path
+
+
+def test_pictures_are_drawn_from_the_logs_and_by_the_same_matplotlib_to_the_byte(tmp_path):
+    """Each committed picture, drawn again: its bytes, where the version is the one that drew it."""
+    import matplotlib
+
+    about = {name: model.about for name, model in reproduce.MODELS.items()}
+    for scale in ("cpu", "gpu"):
+        logs = reproduce.read_logs(scale, HERE / "logs")
+        for name in ("curves", "compute") if logs else ():
+            path = tmp_path / f"{name}.png"
+            tables.save_picture(getattr(tables, f"draw_{name}"), logs, about, path)
+            old, new = (HERE / f"{name}_{scale}.png").read_bytes(), path.read_bytes()
+            if f"Matplotlib version{matplotlib.__version__}".encode() in old:
+                assert old == new
+            digest = re.search(rb"Description\0([0-9a-f]{64})", new).group(1)
+            assert digest in old
+
+
+def test_every_model_of_the_grid_has_the_baselines_parameters_within_one_percent():
+    for scale, its in reproduce.SCALES.items():
+        for corpus, base in its.corpora.items():
+            shapes = {
+                name: replace(reproduce.MODELS[name].config(base.model, 1), vocab_size=65)
+                for name in its.models
+            }
+            with torch.device("meta"):
+                sizes = {name: GPT(shape).num_params() for name, shape in shapes.items()}
+            for name, size in sizes.items():
+                away = size / sizes["softmax-rope"] - 1
+                assert abs(away) < 0.01 or (name == "ab-4C" and away < -0.1), (scale, corpus, name)
+
+
+def test_random_shifts_have_the_ladders_reach_and_differ_by_seed():
+    ladders = [list(map(int, reproduce.random_shifts(seed).split(","))) for seed in range(20)]
+    assert all(len(s) == 7 and sum(s) == 127 and min(s) >= 1 for s in ladders)
+    assert len({tuple(s) for s in ladders}) == 20
+
+
+def test_the_chosen_learning_rates_are_the_sweeps_lowest():
+    logs = reproduce.read_logs("sweep", HERE / "logs")
+    n_rates = len(reproduce.SCALES["sweep"].corpora)
+    for name, model in reproduce.MODELS.items():
+        its = {c: tables.mean_loss(models[name]) for c, models in logs.items() if name in models}
+        if len(its) == n_rates:
+            assert min(its, key=its.get) == f"lr-{model.lr}", name
+
+
+def test_flops_are_counted_as_a_profiler_counts_them():
+    """The matrix products of a step, by PyTorch's own counter; it counts masked pairs, too."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in ("softmax-rope", "ab", "hybrid-3rd"):
+        base = replace(reproduce.CPU.model, vocab_size=65)
+        shape = reproduce.MODELS[name].config(base, 1)
+        model, T = GPT(shape), shape.block_size
+        idx = torch.zeros(2, T, dtype=torch.int64)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(idx, idx)[1].backward()
+        n_softmax = sum(mixer == "softmax" for mixer, _ in shape.layers)
+        masked = 6 * shape.n_embd * (T - 1) * n_softmax
+        counted = counter.get_total_flops() / (2 * T)
+        # Vectors (norms, a, b) take part in no product.
+        assert counted == pytest.approx(reproduce.flops_a_token(shape) + masked, rel=0.02)
+
+
+def test_intervals_are_students():
+    middle, half = tables.interval([1.0, 2.0, 3.0])
+    assert middle == 2 and half == pytest.approx(2.4842, abs=1e-3)  # 4.303 / sqrt(3)
+    logs = {seed: ({}, [{"val_loss": loss}]) for seed, loss in ((1, 1.1), (2, 1.2), (4, 9.0))}
+    zero = {seed: ({}, [{"val_loss": 1.0}]) for seed in (1, 2, 3)}
+    assert tables.excess(logs, zero) == pytest.approx([10, 20])
+    assert tables.cell([-1.0], "+.2f") == "-1.00" and tables.cell([], ".4f") == "-"
+    assert tables.cell([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
