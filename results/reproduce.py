@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,14 @@ MODELS = {
     "hybrid-last": Model("ab, the last layer softmax", {"mixers": LAST}),
     "hybrid-2nd": Model("ab, every second layer softmax", {"mixers": "ab,softmax"}),
     "hybrid-3rd": Model("ab, every third layer softmax", {"mixers": "ab,ab,softmax"}),
+    "hybrid-in": Model(
+        "vec after a linear map, every third layer softmax",
+        {"mixers": "vec,vec,softmax", "in_proj": True},
+    ),
+    "hybrid-deep": Model(
+        "ab without projection, every third of nine layers softmax",
+        {"mixers": "ab,ab,softmax", "proj": False, "n_layer": 9, "d_ff": 256},
+    ),
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-random": Model(
         "ab, one random shift a layer, the same reach", {"mixers": "ab", "shifts": random_shifts}
@@ -260,14 +269,21 @@ def work(run, folder):
         "parameters": result.model.num_params(),
         "flops_a_token": flops_a_token(result.model.config),
         "data": {key: meta[key] for key in ("sha256", "vocab_size", "val_tokens", "val_bytes")},
-        "device": device_name(pick_device(run.config.device)),
+        **surroundings(pick_device(run.config.device)),
+    }
+    write_log(Path(folder) / run.scale / f"{run.name}.jsonl", head, result.history)
+    return 0
+
+
+def surroundings(device):
+    """What the numbers of a log may depend on besides the configuration."""
+    return {
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    write_log(Path(folder) / run.scale / f"{run.name}.jsonl", head, result.history)
-    return 0
 
 
 def can_resume(run):
@@ -399,8 +415,9 @@ def write_tables(folder):
                 lines += tables.corpus_section(scale, corpus, models, about)
             claims += tables.claims_table(logs, about)
             for name in ("curves", "compute"):
-                draw = getattr(tables, f"draw_{name}")
-                tables.save_picture(draw, logs, about, folder / f"{name}_{scale}.png")
+                draw = partial(getattr(tables, f"draw_{name}"), about=about)
+                size = (4 * len(logs) + 1, 6.5)
+                tables.save_picture(draw, logs, folder / f"{name}_{scale}.png", size)
     write_text(folder / "table.md", "\n".join([HEAD, *lines]).rstrip() + "\n")
     if folder.resolve() == HERE:
         page = HERE.parent / "README.md"

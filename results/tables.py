@@ -4,8 +4,9 @@ logs is, for one scale, a dict  corpus -> model -> seed -> (head, rows):  the li
 """
 
 import hashlib
+import inspect
 import math
-from pathlib import Path
+from functools import partial
 from statistics import mean, stdev
 
 import numpy as np
@@ -191,7 +192,7 @@ def finish(axes, logs):
     axes[0, 0].legend(fontsize=8)
 
 
-def draw_curves(logs, about, figure):
+def draw_curves(logs, figure, about):
     """A column a corpus: loss by steps; under it, how far over rotary softmax, in %."""
     axes = figure.subplots(2, len(logs), squeeze=False, sharex="col")
     for (upper, lower), models in zip(axes.T, logs.values(), strict=True):
@@ -221,7 +222,7 @@ def draw_curves(logs, about, figure):
     finish(axes, logs)
 
 
-def draw_compute(logs, about, figure):
+def draw_compute(logs, figure, about):
     """A column a corpus: loss by floating-point operations; under it, by seconds."""
     axes = figure.subplots(2, len(logs), squeeze=False)
     for (upper, lower), models in zip(axes.T, logs.values(), strict=True):
@@ -246,18 +247,18 @@ def draw_compute(logs, about, figure):
     finish(axes, logs)
 
 
-def save_picture(draw, logs, about, path):
-    """Draw to path, unless the picture there was drawn from the same logs by the same code.
+def save_picture(draw, data, path, size):
+    """draw(data, figure) to path, unless the picture there is of the same data by the same code.
 
     Other versions of matplotlib make other bytes, and a reader's command must not change ours.
     """
     from matplotlib.figure import Figure  # here, because it takes a second
 
-    code = Path(__file__).read_text(encoding="utf-8").partition("\n# Pictures\n")[2]
-    digest = hashlib.sha256((repr(logs) + repr(about) + code).encode()).hexdigest()
+    code = inspect.getsource(draw.func if isinstance(draw, partial) else draw)
+    digest = hashlib.sha256(repr((data, code, size, STYLES)).encode()).hexdigest()
     if path.is_file() and digest.encode() in path.read_bytes():
         return
-    figure = Figure(figsize=(4 * len(logs) + 1, 6.5), layout="constrained")
-    draw(logs, about, figure)
+    figure = Figure(figsize=size, layout="constrained")
+    draw(data, figure)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100, metadata={"Description": digest})

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,27 @@ def test_a_grid_leaves_whole_logs_and_trains_nothing_twice(grid, tmp_path, monke
     capsys.readouterr()
     reproduce.main([*grid, "--list"])
     assert capsys.readouterr().out.count(": done\n") == 4
+
+
+def test_the_gpus_grid_runs_at_a_tiny_size_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    its = reproduce.SCALES["gpu"]
+    for corpus, base in its.corpora.items():
+        folder = tmp_path / "data" / corpus
+        folder.mkdir(parents=True)
+        (folder / "input.txt").write_text(LINE * 40, encoding="utf-8")
+        prepare("file", folder / "input.txt", "byte", folder)
+        assert (base.device, base.dtype, base.compile) == ("cuda", "auto", True)
+        small = {"n_layer": 3, "n_embd": 12, "n_head": 2, "block_size": 16}
+        changes = {"data": str(folder), "steps": 2, "device": "cpu", "compile": False, **TINY}
+        changes["model"] = replace(base.model, **small)
+        monkeypatch.setitem(its.corpora, corpus, replace(base, **changes))
+    flags = ["--scale", "gpu", "--seeds", "1"]
+    reproduce.main([*flags, "--dir", str(tmp_path / "results"), "--out", str(tmp_path / "out")])
+    n_logs = len(list((tmp_path / "results/logs/gpu").glob("*.jsonl")))
+    assert n_logs == len(its.models) * len(its.corpora)
+    table = (tmp_path / "results/table.md").read_text(encoding="utf-8")
+    assert "## tinystories, gpu scale" in table and table.count("| softmax, rotary") == 2
 
 
 def test_other_steps_have_logs_of_their_own_and_stay_out_of_the_tables(grid, tmp_path):
@@ -230,7 +252,8 @@ def test_pictures_are_drawn_from_the_logs_and_by_the_same_matplotlib_to_the_byte
         logs = reproduce.read_logs(scale, HERE / "logs")
         for name in ("curves", "compute") if logs else ():
             path = tmp_path / f"{name}.png"
-            tables.save_picture(getattr(tables, f"draw_{name}"), logs, about, path)
+            draw = partial(getattr(tables, f"draw_{name}"), about=about)
+            tables.save_picture(draw, logs, path, (4 * len(logs) + 1, 6.5))
             old, new = (HERE / f"{name}_{scale}.png").read_bytes(), path.read_bytes()
             if f"Matplotlib version{matplotlib.__version__}".encode() in old:
                 assert old == new

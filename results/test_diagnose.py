@@ -1,0 +1,101 @@
+"""Tests of the diagnostics: the made-up tasks say what they claim, and a silent tap is silent."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import diagnose  # noqa: E402
+import reproduce  # noqa: E402
+import tables  # noqa: E402
+
+from hsm import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def draw(name, size, n=200):
+    task = diagnose.TASKS[name]
+    return task.make(n, size, torch.Generator().manual_seed(1))
+
+
+def test_copy_asks_for_what_stood_size_back():
+    idx, known = draw("copy", 13)
+    assert known.sum() == 200 * (3 * 13 - 13)
+    rows, t = known.nonzero(as_tuple=True)
+    assert torch.equal(idx[rows, t], idx[rows, t - 13])
+
+
+def test_repeat_asks_for_what_followed_the_same_letter_and_its_periods_vary():
+    idx, known = draw("repeat", 12)
+    periods = set()
+    for row, counts in zip(idx.tolist(), known.tolist(), strict=True):
+        for t in (i for i, known_here in enumerate(counts) if known_here):
+            earlier = max(i for i in range(t - 1) if row[i] == row[t - 1])
+            assert row[earlier + 1] == row[t]
+            periods.add(t - 1 - earlier)
+    assert periods == set(range(4, 13))
+
+
+def test_recall_asks_for_each_keys_value_once_and_only_a_lookup_tells_it():
+    idx, known = draw("recall", 8)
+    distances = set()
+    for row, counts in zip(idx.tolist(), known.tolist(), strict=True):
+        pairs = dict(zip(row[:16:2], row[1:16:2], strict=True))
+        asked = [t for t, known_here in enumerate(counts) if known_here]
+        assert len(pairs) == len(asked) == 8 and not set(pairs) & set(row[1:16:2])
+        assert sorted(row[t - 1] for t in asked) == sorted(pairs)
+        assert all(pairs[row[t - 1]] == row[t] for t in asked)
+        distances |= {t - 1 - row.index(row[t - 1]) for t in asked}
+    assert len(distances) > 10
+
+
+@pytest.mark.parametrize("name", list(diagnose.TASKS))
+@pytest.mark.parametrize("mixers", list(diagnose.LEARNERS.values()))
+def test_a_learner_runs_and_ends_when_it_is_right(name, mixers, monkeypatch):
+    task = replace(diagnose.TASKS[name], steps=2)
+    rows = list(diagnose.learn(task, task.sizes[0], mixers, 1, 1e-3))
+    assert [step for step, _ in rows] == [2] and 0 <= rows[0][1] <= 1
+    monkeypatch.setattr(diagnose, "accuracy", lambda *_: 1.0)
+    task = replace(task, steps=1000)
+    assert list(diagnose.learn(task, task.sizes[0], "ab", 1, 1e-3)) == [(100, 1.0)]
+
+
+def test_a_silent_tap_is_a_head_whose_b_is_zero():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=8)).eval()
+    idx = torch.randint(11, (2, 16))
+    whole = model(idx)[0]
+    hooks = diagnose.without(model, [(1, 1)])
+    silent = model(idx)[0]
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(idx)[0], whole) and not torch.allclose(silent, whole)
+    with torch.no_grad():
+        model.blocks[1].mixer.pair.b[1] = 0
+    assert torch.allclose(model(idx)[0], silent)
+
+
+def test_with_every_tap_silent_a_token_sees_itself_alone():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=8)).eval()
+    idx = torch.randint(11, (1, 16))
+    diagnose.without(model, [(layer, head) for layer in range(3) for head in range(2)])
+    assert torch.allclose(model(idx)[0][:, -1], model(idx[:, -1:])[0][:, -1], atol=1e-6)
+
+
+def test_the_committed_pictures_are_those_of_the_committed_logs(tmp_path):
+    for name, (_, draw_it, size) in diagnose.PARTS.items():
+        log = HERE / "logs" / "diagnose" / f"{name}.jsonl"
+        if log.is_file():
+            _, rows = reproduce.read_log(log)
+            tables.save_picture(draw_it, rows, tmp_path / "new.png", size)
+            new, old = (tmp_path / "new.png").read_bytes(), (HERE / f"{name}.png").read_bytes()
+            assert old[: old.index(b"IDAT")].count(b"Description") == 1
+            digest = new[new.index(b"Description") + 12 :][:64]
+            assert digest in old, name
+            (tmp_path / "new.png").unlink()
