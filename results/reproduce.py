@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import tables  # noqa: E402
 
 from bench import device_name  # noqa: E402
-from hsm import GPT, BadInput, GPTConfig, atomic_write, load_checkpoint  # noqa: E402
+from hsm import BadInput, GPTConfig, atomic_write, load_checkpoint  # noqa: E402
 from prepare_data import download, parse, prepare  # noqa: E402
 from prepare_data import run as run_program  # noqa: E402
 from train import PRESETS, TrainConfig, get_data, pick_device, train  # noqa: E402
@@ -267,7 +267,6 @@ def work(run, folder):
         "run": run.name,
         **run.describe(),
         "parameters": result.model.num_params(),
-        "flops_a_token": flops_a_token(result.model.config),
         "data": {key: meta[key] for key in ("sha256", "vocab_size", "val_tokens", "val_bytes")},
         **surroundings(pick_device(run.config.device)),
     }
@@ -302,18 +301,6 @@ def is_of(run, model, train):
     except (TypeError, ValueError):
         return False
     return replace(run, config=config).describe() == run.describe()
-
-
-def flops_a_token(config):
-    """Multiplications and additions of a training step a token: 6 a weight, and attention's own.
-
-    A token is compared with (T + 1) / 2 others on the mean, in products of C numbers, twice (scores
-    and values); each costs 2 operations forward and 4 backward.
-    """
-    model = GPT(config)
-    weights = model.num_params() + config.vocab_size * config.n_embd  # the output head counts
-    n_softmax = sum(name == "softmax" for name, _ in config.layers)
-    return 6 * weights + 6 * config.n_embd * (config.block_size + 1) * n_softmax
 
 
 # ------------------------------------------------------------------------------------------------

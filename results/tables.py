@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from hsm import BadInput, atomic_write
+from hsm import BadInput, GPTConfig, atomic_write
+from train import flops_per_token
 
 BASELINES = ("softmax-learned", "softmax-rope")
 
@@ -51,6 +52,14 @@ def mean_loss(its):
     return mean(last_losses(its).values())
 
 
+def flops(head):
+    """Operations of a training step, a token, of a run with this head."""
+    config = GPTConfig(**head["model"])
+    weights = head["parameters"] + head["data"]["vocab_size"] * config.n_embd  # the output's, too
+    n_softmax = sum(name == "softmax" for name, _ in config.layers)
+    return flops_per_token(weights, n_softmax, config.n_embd, config.block_size)
+
+
 def line(*cells):
     return f"| {' | '.join(cells)} |"
 
@@ -83,7 +92,7 @@ def corpus_table(models, about):
                 cell([end["val_loss"] for end in last], ".4f"),
                 f"{mean(end['val_bpb'] for end in last):.4f}",
                 *over,
-                f"{first['flops_a_token'] / 1e6:.2f}",
+                f"{flops(first) / 1e6:.2f}",
                 f"{mean(end['elapsed_s'] for end in last) / 60:.1f}",
             )
         )
@@ -233,7 +242,7 @@ def draw_compute(logs, figure, about):
             head = next(iter(its.values()))[0]
             train = head["train"]
             tokens = train["batch_size"] * train["grad_accum"] * head["model"]["block_size"]
-            a_step = tokens * head["flops_a_token"] / 1e12
+            a_step = tokens * flops(head) / 1e12
             for panel, x in (
                 (upper, lambda row, a_step=a_step: row["step"] * a_step),
                 (lower, lambda row: row["elapsed_s"]),

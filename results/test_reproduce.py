@@ -290,25 +290,6 @@ def test_the_chosen_learning_rates_are_the_sweeps_lowest():
             assert min(its, key=its.get) == f"lr-{model.lr}", name
 
 
-def test_flops_are_counted_as_a_profiler_counts_them():
-    """The matrix products of a step, by PyTorch's own counter; it counts masked pairs, too."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for name in ("softmax-rope", "ab", "hybrid-3rd"):
-        base = replace(reproduce.CPU.model, vocab_size=65)
-        shape = reproduce.MODELS[name].config(base, 1)
-        model, T = GPT(shape), shape.block_size
-        idx = torch.zeros(2, T, dtype=torch.int64)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(idx, idx)[1].backward()
-        n_softmax = sum(mixer == "softmax" for mixer, _ in shape.layers)
-        masked = 6 * shape.n_embd * (T - 1) * n_softmax
-        counted = counter.get_total_flops() / (2 * T)
-        # Vectors (norms, a, b) take part in no product.
-        assert counted == pytest.approx(reproduce.flops_a_token(shape) + masked, rel=0.02)
-
-
 def test_intervals_are_students():
     middle, half = tables.interval([1.0, 2.0, 3.0])
     assert middle == 2 and half == pytest.approx(2.4842, abs=1e-3)  # 4.303 / sqrt(3)
