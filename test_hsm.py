@@ -1243,6 +1243,18 @@ def test_a_run_on_an_unknown_device_names_no_share(data, tmp_path, capsys):
     assert "tokens/s" in errors and "peak" not in errors
 
 
+def test_a_run_compiles_on_cuda_unless_told_otherwise(data, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    train.train(small(data, tmp_path, steps=1))
+    assert not compiled
+    train.train(small(data, tmp_path, steps=1, compile=True))
+    assert len(compiled) == 1
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [train.wants(choice, cuda) for choice in (None, True, False)] == [True, True, False]
+    assert [train.wants(choice, cpu) for choice in (None, True, False)] == [False, True, False]
+
+
 def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):
     def backend(*_):
         raise RuntimeError("no compiler here")

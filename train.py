@@ -91,7 +91,7 @@ class TrainConfig:
     seed: int = 1  # of the weights, the dropout and the order of the data
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
-    compile: bool = False  # torch.compile: a minute or two to start, then faster
+    compile: Choice = None  # torch.compile: minutes to start, then faster; None: on CUDA
     fast: Choice = None  # fast.py's Triton kernels; None: on CUDA, where they know the mixers
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
@@ -122,7 +122,6 @@ PRESETS = {
         batch_size=64,
         lr=1e-3,
         eval_interval=250,
-        compile=True,
     ),
     "tinystories": TrainConfig(
         model=shape(block_size=512, n_layer=8, n_head=8, n_embd=512),
@@ -134,7 +133,6 @@ PRESETS = {
         warmup=500,
         eval_interval=500,
         eval_tokens=500_000,
-        compile=True,
     ),
     "openwebtext": TrainConfig(
         model=shape(block_size=1024, n_layer=12, n_head=12, n_embd=768),
@@ -148,7 +146,6 @@ PRESETS = {
         beta2=0.95,
         eval_interval=500,
         eval_tokens=1_000_000,
-        compile=True,
     ),
 }
 
@@ -180,12 +177,17 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
+def wants(choice, device):
+    """What a Choice means: the person's word, or without one, what is faster on a GPU."""
+    return device.type == "cuda" if choice is None else choice
+
+
 def choose_kernels(model, wanted, device):
     """Let the model mix in fast.py's kernels, or not; wanted None: on CUDA, where they can.
 
     Returns words for the run's first line. Raises BadInput if they are wanted and cannot.
     """
-    if wanted is False or (wanted is None and device.type != "cuda"):
+    if not wants(wanted, device):
         return ""
     try:
         import fast  # here, because it needs Triton
@@ -381,7 +383,8 @@ class Trainer:
         # For a model that one device cannot hold, the README's "More than one GPU" changes this.
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
-        self.compiled = torch.compile(self.replica) if config.compile else self.replica
+        compiles = wants(config.compile, device)
+        self.compiled = torch.compile(self.replica) if compiles else self.replica
         self.optimizer = make_optimizer(self.model, config, device)
         # It leaves a step out, without waiting for the device, if a gradient is not finite. In
         # float16, from 6e-8 to 65504, it also scales the loss up to just below the overflow.

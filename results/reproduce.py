@@ -180,7 +180,16 @@ class Run:
         """What a log must say to be this run's: all that the numbers depend on but the data."""
         fields = asdict(self.config)
         model = fields.pop("model")
-        for name in ("out", "data", "resume", "sample_tokens", "device", "dtype", "fast"):
+        for name in (
+            "out",
+            "data",
+            "resume",
+            "sample_tokens",
+            "device",
+            "dtype",
+            "compile",
+            "fast",
+        ):
             fields.pop(name)
         return {"model": {**model, "vocab_size": 0}, "train": fields}
 

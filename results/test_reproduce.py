@@ -81,9 +81,9 @@ def test_the_gpus_grid_runs_at_a_tiny_size_on_a_cpu(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "input.txt").write_text(LINE * 40, encoding="utf-8")
         prepare("file", folder / "input.txt", "byte", folder)
-        assert (base.device, base.dtype, base.compile) == ("cuda", "auto", True)
+        assert (base.device, base.dtype, base.compile) == ("cuda", "auto", None)
         small = {"n_layer": 3, "n_embd": 12, "n_head": 2, "block_size": 16}
-        changes = {"data": str(folder), "steps": 2, "device": "cpu", "compile": False, **TINY}
+        changes = {"data": str(folder), "steps": 2, "device": "cpu", **TINY}
         changes["model"] = replace(base.model, **small)
         monkeypatch.setitem(its.corpora, corpus, replace(base, **changes))
     flags = ["--scale", "gpu", "--seeds", "1"]
