@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import reproduce  # noqa: E402
 import tables  # noqa: E402
 
-from hsm import GPT, GPTConfig, load_checkpoint, model_from  # noqa: E402
+from hsm import GPT, BadInput, GPTConfig, load_checkpoint, model_from  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
 from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
 
@@ -37,7 +38,7 @@ TRAINED = ("softmax-learned", "softmax-rope", "ab", "hybrid-3rd")
 CPU = torch.device("cpu")
 
 
-def trained(name, seed=1):
+def trained(name, seed):
     """(model, validation Windows) of a run of the grid on Shakespeare, trained now if need be."""
     its = reproduce.make_runs("cpu", (name,), ("shakespeare",), seed, 0, "out/reproduce")[-1]
     meta = reproduce.data_of(its.config.data)
@@ -65,16 +66,16 @@ def losses(model, windows, starts):
     return torch.cat(rows)
 
 
-def positions():
+def positions(seed):
     """Mean loss at 1, 2, 3-4, 5-8 .. tokens of context, over windows that overlap by 7 eighths."""
     for name in TRAINED:
-        model, windows = trained(name)
+        model, windows = trained(name, seed)
         T = model.config.block_size
         starts = torch.arange(0, windows.n_tokens - T, T // 8)
         loss = losses(model, windows, starts).mean(dim=0)  # (T,)
         for first, last in [(1, 1), *((2**i + 1, 2 ** (i + 1)) for i in range(T.bit_length() - 1))]:
-            mean = loss[first - 1 : last].mean().item()
-            yield {"model": name, "first": first, "last": last, "loss": mean}
+            its = loss[first - 1 : last].mean().item()
+            yield {"model": name, "first": first, "last": last, "loss": its}
 
 
 def without(model, taps):
@@ -98,10 +99,10 @@ def without(model, taps):
     return hooks
 
 
-def taps():
+def taps(seed):
     """Validation loss without each tap; without all taps of s or more; with all of them."""
     for name in ("ab", "ab-layer"):
-        model, windows = trained(name)
+        model, windows = trained(name, seed)
         config, starts = model.config, windows.evenly(50_000)
         every = {
             (layer, head): shifts[head % len(shifts)]
@@ -122,10 +123,10 @@ def taps():
             yield {**row, "loss": loss}
 
 
-def weights():
+def weights(seed):
     """The numbers (a, b) that each head of each layer learned."""
     for name in ("ab", "ab-layer"):
-        model, _ = trained(name)
+        model, _ = trained(name, seed)
         for layer, ((_, shifts), block) in enumerate(
             zip(model.config.layers, model.blocks, strict=True)
         ):
@@ -173,7 +174,7 @@ def recall_task(n, size, generator, n_keys=64):
 
 @dataclass
 class Task:
-    """A made-up task at several sizes; chance: what a guess gets right."""
+    """A made-up task: how it is made, at which sizes, of how many tokens, for how many steps."""
 
     make: object
     sizes: tuple
@@ -182,9 +183,9 @@ class Task:
 
 
 TASKS = {
-    "copy": Task(copy_task, (13,), 26, 1000),
-    "repeat": Task(repeat_task, (12, 24), 26, 2000),
-    "recall": Task(recall_task, (4, 8, 16), 128, 4000),
+    "copy": Task(copy_task, (13,), 26, 500),
+    "repeat": Task(repeat_task, (12,), 26, 1000),
+    "recall": Task(recall_task, (2, 4, 8), 128, 3000),
 }
 LEARNERS = {  # four layers; "heads": shifts of 1, 2, 4 .. in each layer
     "softmax-rope": "softmax",
@@ -197,8 +198,8 @@ RATES = {"softmax-rope": 2e-3}
 
 @torch.no_grad()
 def accuracy(model, task, size):
-    """Share of right tokens among those that can be known, on 512 sequences never trained on."""
-    idx, known = task.make(512, size, torch.Generator().manual_seed(2**20))
+    """Share of right tokens among those that can be known, on 256 sequences never trained on."""
+    idx, known = task.make(256, size, torch.Generator().manual_seed(2**20))
     right = model(idx[:, :-1])[0].argmax(dim=-1) == idx[:, 1:]
     return right[known[:, 1:]].float().mean().item()
 
@@ -234,15 +235,13 @@ def learn(task, size, mixers, seed, lr):
                     return
 
 
-def made_up(name, seeds=(1, 2, 3)):
-    """Rows of a task: each size, each model, each seed, each evaluation."""
+def made_up(name, seed):
+    """Rows of a task: each size, each model, each evaluation."""
     task = TASKS[name]
     for size in task.sizes:
         for model, mixers in LEARNERS.items():
-            for seed in seeds:
-                for step, right in learn(task, size, mixers, seed, RATES.get(model, 4e-3)):
-                    row = {"task": name, "size": size, "model": model, "seed": seed}
-                    yield {**row, "step": step, "accuracy": round(right, 5)}
+            for step, right in learn(task, size, mixers, seed, RATES.get(model, 4e-3)):
+                yield {"size": size, "model": model, "step": step, "accuracy": round(right, 5)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,16 +249,17 @@ def made_up(name, seeds=(1, 2, 3)):
 
 
 def draw_positions(rows, figure):
-    """Loss by context, and how far from rotary softmax."""
+    """Loss by context, and how far from rotary softmax; means over seeds."""
     left, right = figure.subplots(1, 2)
     by_model = {}
     for row in rows:
-        by_model.setdefault(row["model"], []).append(row)
-    zero = [row["loss"] for row in by_model["softmax-rope"]]
-    for name, its in by_model.items():
+        spans = by_model.setdefault(row["model"], {})
+        spans.setdefault((row["first"], row["last"]), []).append(row["loss"])
+    zero = [mean(its) for its in by_model["softmax-rope"].values()]
+    for name, spans in by_model.items():
         colour, style = tables.STYLES[name]
-        middle = [(row["first"] * row["last"]) ** 0.5 for row in its]
-        loss = [row["loss"] for row in its]
+        middle = [(first * last) ** 0.5 for first, last in spans]
+        loss = [mean(its) for its in spans.values()]
         left.plot(middle, loss, style, color=colour, label=reproduce.MODELS[name].about)
         over = [100 * (a / b - 1) for a, b in zip(loss, zero, strict=True)]
         right.plot(middle, over, style, color=colour)
@@ -274,7 +274,8 @@ def draw_positions(rows, figure):
 
 
 def draw_taps(rows, figure):
-    """What the loss gains when a tap is silent; and with no taps from a shift on."""
+    """How much higher the loss is without a tap, and without all of a shift or more. Seed 1."""
+    rows = [row for row in rows if row["seed"] == 1]
     panels = figure.subplots(1, 3, width_ratios=(4, 1.6, 4))
     for panel, name in zip(panels, ("ab", "ab-layer"), strict=False):
         its = [row for row in rows if row["model"] == name]
@@ -308,7 +309,8 @@ def draw_taps(rows, figure):
 
 
 def draw_weights(rows, figure):
-    """|b| beside |a|: how much of the past each head takes, by its shift."""
+    """|b| beside |a|: how much of the past each head takes, by its shift. Seed 1."""
+    rows = [row for row in rows if row["seed"] == 1]
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name in zip(panels, ("ab", "ab-layer"), strict=True):
         its = [row for row in rows if row["model"] == name]
@@ -367,27 +369,49 @@ PARTS = {  # name: (rows, picture, its size)
 
 @dataclass
 class DiagnoseConfig:
-    """What the command line takes."""
+    """What the command line takes. What has a log is not measured again: delete it for that."""
 
     part: tyro.conf.Positional[Literal[(*PARTS, "all")]] = "all"
+    seeds: int = 1  # seeds 1 .. N
     table_only: bool = False  # measure nothing: draw the pictures from the logs
     dir: str = str(HERE)  # where logs/ and the pictures lie
 
 
-def main(arguments=None):
-    config = parse(DiagnoseConfig, sys.argv[1:] if arguments is None else arguments, "Diagnose.")
-    torch.set_num_threads(1)
-    for name in PARTS if config.part == "all" else (config.part,):
-        rows_of, draw, size = PARTS[name]
-        path = Path(config.dir) / "logs" / "diagnose" / f"{name}.jsonl"
-        if not config.table_only:
-            head = {"part": name, **reproduce.surroundings(CPU)}
-            reproduce.write_log(path, head, list(rows_of()))
-        elif not path.is_file():
-            print(f"{name}: not yet measured")
+def read_rows(name, folder):
+    """The rows of all logs of a part, each with its seed; a damaged log is named and left out."""
+    rows = []
+    for path in sorted(Path(folder).glob(f"{name}.s*.jsonl")):
+        try:
+            head, its = reproduce.read_log(path)
+        except BadInput as error:
+            print(f"warning: {error}: not counted")
             continue
-        _, rows = reproduce.read_log(path)
-        tables.save_picture(draw, rows, Path(config.dir) / f"{name}.png", size)
+        rows += [{"seed": head["seed"], **row} for row in its]
+    return rows
+
+
+def main(arguments=None):
+    about = "Look into trained models, and at tasks whose answer we know."
+    config = parse(DiagnoseConfig, sys.argv[1:] if arguments is None else arguments, about)
+    if config.seeds < 1:
+        raise BadInput(f"seeds must be at least 1, not {config.seeds}")
+    torch.set_num_threads(1)
+    logs = Path(config.dir) / "logs" / "diagnose"
+    for name in PARTS if config.part == "all" else (config.part,):
+        measure, draw, size = PARTS[name]
+        for seed in () if config.table_only else range(1, config.seeds + 1):
+            path = logs / f"{name}.s{seed}.jsonl"
+            try:
+                reproduce.read_log(path)
+            except (BadInput, FileNotFoundError):
+                rows = list(measure(seed=seed))
+                head = {"part": name, "seed": seed, **reproduce.surroundings(CPU)}
+                reproduce.write_log(path, head, rows)
+        rows = read_rows(name, logs)
+        if rows:
+            tables.save_picture(draw, rows, Path(config.dir) / f"{name}.png", size)
+        else:
+            print(f"{name}: not yet measured")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tests of the diagnostics: the made-up tasks say what they claim, and a silent tap is silent."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import reproduce  # noqa: E402
 import tables  # noqa: E402
 
 from hsm import GPT, GPTConfig  # noqa: E402
+from prepare_data import prepare  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -88,11 +90,42 @@ def test_with_every_tap_silent_a_token_sees_itself_alone():
     assert torch.allclose(model(idx)[0][:, -1], model(idx[:, -1:])[0][:, -1], atol=1e-6)
 
 
+@pytest.fixture
+def tiny_grid(tmp_path, monkeypatch):
+    """The grid's models, tiny, on a text of a few lines."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "text"
+    folder.mkdir(parents=True)
+    line = "the quick brown fox jumps over the lazy dog, and nobody knows why it does so.\n"
+    (folder / "input.txt").write_text(line * 40, encoding="utf-8")
+    prepare("file", folder / "input.txt", "char", folder)
+    base = reproduce.CPU
+    shape = replace(base.model, n_layer=3, n_embd=16, block_size=16, n_head=2)
+    few = {"steps": 2, "batch_size": 2, "eval_interval": 2, "warmup": 1, "eval_tokens": 64}
+    base = replace(base, model=shape, data=str(folder), **few)
+    scale = reproduce.Scale({"shakespeare": base}, tuple(reproduce.MODELS))
+    monkeypatch.setattr(reproduce, "SCALES", {"cpu": scale})
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", ["positions", "taps", "weights"])
+def test_a_part_trains_its_models_measures_once_and_draws_from_its_log(tiny_grid, part):
+    flags = [part, "--dir", str(tiny_grid)]
+    diagnose.main(flags)
+    log, picture = tiny_grid / f"logs/diagnose/{part}.s1.jsonl", tiny_grid / f"{part}.png"
+    before = log.read_bytes(), picture.read_bytes()
+    picture.unlink()
+    diagnose.main(flags)
+    assert (log.read_bytes(), picture.read_bytes()) == before
+    log.write_bytes(before[0][:-40])
+    diagnose.main(flags)
+    assert reproduce.read_log(log)[1] == [json.loads(row) for row in before[0].splitlines()[1:-1]]
+
+
 def test_the_committed_pictures_are_those_of_the_committed_logs(tmp_path):
     for name, (_, draw_it, size) in diagnose.PARTS.items():
-        log = HERE / "logs" / "diagnose" / f"{name}.jsonl"
-        if log.is_file():
-            _, rows = reproduce.read_log(log)
+        rows = diagnose.read_rows(name, HERE / "logs" / "diagnose")
+        if rows:
             tables.save_picture(draw_it, rows, tmp_path / "new.png", size)
             new, old = (tmp_path / "new.png").read_bytes(), (HERE / f"{name}.png").read_bytes()
             assert old[: old.index(b"IDAT")].count(b"Description") == 1
