@@ -40,10 +40,19 @@ from train import PRESETS, TrainConfig, get_data, pick_device, train  # noqa: E4
 # What is trained
 
 
-def random_shifts(seed):
+def random_shifts(base, seed):
     """Seven random shifts that add up to 127, the reach of 1, 2, 4 .. 64; others for each seed."""
     cuts = np.random.default_rng(seed).choice(np.arange(1, 127), size=6, replace=False)
-    return ",".join(map(str, np.diff([0, *sorted(cuts), 127])))
+    return {"shifts": ",".join(map(str, np.diff([0, *sorted(cuts), 127])))}
+
+
+def deeper(base, seed, every):
+    """9/7 of the layers, every so-manieth of them softmax, with the parameters of base's softmax.
+
+    A softmax layer has 4 C^2 and, as all, 2 C d_ff; ab without projection has next to nothing.
+    """
+    C, n = base.n_embd, round(9 * base.n_layer / 7)
+    return {"n_layer": n, "d_ff": round(C * (6 * base.n_layer - 2 * (n // every)) / n)}
 
 
 @dataclass
@@ -51,12 +60,13 @@ class Model:
     """A row of the table: how it differs from GPTConfig's defaults (ab in each layer)."""
 
     about: str
-    fields: dict  # of GPTConfig; a function of the seed where it is random
+    fields: dict  # of GPTConfig
     lr: float = 8e-3  # the best of the sweep (CPU scale)
+    more: object = None  # more fields, a function of the base's shape and the seed
 
     def config(self, base, seed):
-        fields = {k: v(seed) if callable(v) else v for k, v in self.fields.items()}
-        return replace(base, **fields)
+        more = self.more(base, seed) if self.more else {}
+        return replace(base, **self.fields, **more)
 
 
 MIDDLE = "ab,ab,ab,softmax,ab,ab,ab"
@@ -66,6 +76,11 @@ MODELS = {
         "softmax, learned positions (GPT-2)", {"mixers": "softmax", "pos_emb": "learned"}
     ),
     "softmax-rope": Model("softmax, rotary positions", {"mixers": "softmax"}),
+    "softmax-deep": Model(
+        "softmax, rotary positions, more layers and a narrower feed-forward",
+        {"mixers": "softmax"},
+        more=partial(deeper, every=1),
+    ),
     "ab": Model("ab", {"mixers": "ab"}),
     "vec": Model("vec", {"mixers": "vec"}),
     "matrix": Model("matrix", {"mixers": "matrix"}),
@@ -82,12 +97,15 @@ MODELS = {
         {"mixers": "vec,vec,softmax", "in_proj": True},
     ),
     "hybrid-deep": Model(
-        "ab without projection, every third of nine layers softmax",
-        {"mixers": "ab,ab,softmax", "proj": False, "n_layer": 9, "d_ff": 256},
+        "ab without projection but more layers, every third softmax",
+        {"mixers": "ab,ab,softmax", "proj": False},
+        more=partial(deeper, every=3),
     ),
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-random": Model(
-        "ab, one random shift a layer, the same reach", {"mixers": "ab", "shifts": random_shifts}
+        "ab, one random shift a layer, the same reach",
+        {"mixers": "ab"},
+        more=random_shifts,
     ),
     "ab-linear": Model(
         "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
@@ -124,7 +142,7 @@ SCALES = {
             "shakespeare": replace(PRESETS["shakespeare"], **GPU),
             "tinystories": replace(PRESETS["tinystories"], steps=2000, eval_interval=200, **GPU),
         },
-        (*tables.BASELINES, "ab", "hybrid-3rd"),
+        (*tables.BASELINES, "ab", "hybrid-3rd", "hybrid-deep"),
     ),
     "sweep": Scale(  # of the learning rate, in the place of corpora
         {

@@ -276,7 +276,8 @@ def test_every_model_of_the_grid_has_the_baselines_parameters_within_one_percent
 
 
 def test_random_shifts_have_the_ladders_reach_and_differ_by_seed():
-    ladders = [list(map(int, reproduce.random_shifts(seed).split(","))) for seed in range(20)]
+    texts = [reproduce.random_shifts(None, seed)["shifts"] for seed in range(20)]
+    ladders = [list(map(int, text.split(","))) for text in texts]
     assert all(len(s) == 7 and sum(s) == 127 and min(s) >= 1 for s in ladders)
     assert len({tuple(s) for s in ladders}) == 20
 
