@@ -70,7 +70,7 @@ def rule(n):
 
 def corpus_table(models, about):
     """A corpus's rows, the lowest loss first. models: model -> seed -> (head, rows)."""
-    head = ("model", "parameters", "seeds", "loss, nats a token", "bits a byte")
+    head = ("name", "model", "parameters", "seeds", "loss, nats a token", "bits a byte")
     head += ("% over softmax, learned positions", "% over softmax, rotary")
     head += ("MFLOP a token", "minutes")
     lines = [line(*head), rule(len(head))]
@@ -86,6 +86,7 @@ def corpus_table(models, about):
         ]
         lines.append(
             line(
+                f"`{name}`",
                 about[name],
                 f"{first['parameters']:,}{share}",
                 str(len(its)),
@@ -102,7 +103,8 @@ def corpus_table(models, about):
 def corpus_section(scale, corpus, models, about):
     """A heading, what was run on what, and the table."""
     heads = [head for its in models.values() for head, _ in its.values()]
-    model, train = heads[0]["model"], heads[0]["train"]
+    usual = min(heads, key=lambda head: head["model"]["n_layer"])
+    model, train = usual["model"], usual["train"]
     devices, versions = ({head[key] for head in heads} for key in ("device", "torch"))
     return [
         f"## {corpus}, {scale} scale",
@@ -174,7 +176,8 @@ STYLES = {  # colours that colour-blind eyes tell apart
     "softmax-learned": ("#000000", "--"),
     "softmax-rope": ("#000000", "-"),
     "ab": ("#0072b2", "-"),
-    "hybrid-3rd": ("#d55e00", "-"),
+    "hybrid-3rd": ("#e69f00", "-"),
+    "hybrid-deep": ("#d55e00", "-"),
 }
 
 
