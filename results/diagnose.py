@@ -194,6 +194,7 @@ LEARNERS = {  # four layers; "heads": shifts of 1, 2, 4 .. in each layer
     "hybrid": "ab,ab,softmax,ab",
 }
 RATES = {"softmax-rope": 2e-3}
+EVERY = 100  # steps between looks at the accuracy
 
 
 @torch.no_grad()
@@ -227,7 +228,7 @@ def learn(task, size, mixers, seed, lr):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             bar.update()
-            if step % 100 == 0 or step == config.steps:
+            if step % EVERY == 0 or step == config.steps:
                 right = accuracy(model, task, size)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, right {right:.3f}")
                 yield step, right

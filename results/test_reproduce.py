@@ -211,7 +211,7 @@ def test_two_commands_share_the_runs(grid, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--only", "nope"], "unknown model 'nope'; choose from softmax-learned, softmax-rope, ab"),
+        (["--only", "nope"], "unknown model 'nope'; choose from softmax-learned, softmax-rope, "),
         (["--corpora", "nope"], "unknown corpus 'nope'; choose from shakespeare, stdlib"),
         (["--scale", "gpu", "--only", "mult"], "unknown model 'mult'"),
         (["--seeds", "-1"], "seeds and steps"),
