@@ -47,9 +47,10 @@ def random_shifts(base, seed):
 
 
 def deeper(base, seed, every):
-    """9/7 of the layers, every so-manieth of them softmax, with the parameters of base's softmax.
+    """9/7 of the layers, with the parameters that base's layers have when all of them are softmax.
 
-    A softmax layer has 4 C^2 and, as all, 2 C d_ff; ab without projection has next to nothing.
+    every: 1 if all of these are softmax, too; 3 if every third is, and the others are ab. A softmax
+    layer has 4 C^2 numbers and, as all, 2 C d_ff; ab without projection next to none but these.
     """
     C, n = base.n_embd, round(9 * base.n_layer / 7)
     return {"n_layer": n, "d_ff": round(C * (6 * base.n_layer - 2 * (n // every)) / n)}
@@ -180,6 +181,10 @@ def data_of(folder):
 # A run and its log
 
 
+# Fields of TrainConfig that do not make another run of it.
+ELSEWHERE = ("out", "data", "resume", "sample_tokens", "device", "dtype", "compile", "fast")
+
+
 @dataclass
 class Run:
     """One model, one corpus, one seed."""
@@ -198,18 +203,8 @@ class Run:
         """What a log must say to be this run's: all that the numbers depend on but the data."""
         fields = asdict(self.config)
         model = fields.pop("model")
-        for name in (
-            "out",
-            "data",
-            "resume",
-            "sample_tokens",
-            "device",
-            "dtype",
-            "compile",
-            "fast",
-        ):
-            fields.pop(name)
-        return {"model": {**model, "vocab_size": 0}, "train": fields}
+        train = {name: value for name, value in fields.items() if name not in ELSEWHERE}
+        return {"model": {**model, "vocab_size": 0}, "train": train}
 
 
 def make_runs(scale, models, corpora, seeds, steps, out):
@@ -386,13 +381,13 @@ def state_of(run, folder):
 
 def train_all(runs, folder):
     """Train what is not finished and what no other process is at. Returns a signal or 0."""
-    for run in runs:
+    for number, run in enumerate(runs, start=1):
         lock = Path(f"{run.config.out}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=0):
                 if finished(run, folder) is None:
-                    print(f"\n{run.name}")
+                    print(f"\n{run.name}, {number} of {len(runs)}")
                     stopped_by = work(run, folder)
                     if stopped_by:
                         return stopped_by
@@ -404,10 +399,9 @@ def train_all(runs, folder):
 def read_logs(scale, folder):
     """corpus -> model -> seed -> (head, rows): the whole logs of a scale."""
     its, logs = SCALES[scale], {}
-    seeds = max(
-        (int(p.stem.rpartition(".s")[2]) for p in Path(folder, scale).glob("*.s*.jsonl")), default=0
-    )
-    for one in make_runs(scale, its.models, its.corpora, seeds, 0, ""):
+    endings = (path.stem.rpartition(".s")[2] for path in Path(folder, scale).glob("*.s*.jsonl"))
+    seeds = [int(ending) for ending in endings if ending.isdecimal()]
+    for one in make_runs(scale, its.models, its.corpora, max(seeds, default=0), 0, ""):
         log = finished(one, folder)
         if log is not None:
             logs.setdefault(one.corpus, {}).setdefault(one.model, {})[one.seed] = log
@@ -458,7 +452,7 @@ def main(arguments=None):
             print(f"{run.name}: {state_of(run, logs)}")
         return 0
     if not config.table_only:
-        if config.scale == "cpu":
+        if config.scale != "gpu":
             torch.set_num_threads(1)  # small models: a core each, and the same sums everywhere
         stopped_by = train_all(runs, logs)
         if stopped_by:
