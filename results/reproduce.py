@@ -46,14 +46,15 @@ def random_shifts(base, seed):
     return {"shifts": ",".join(map(str, np.diff([0, *sorted(cuts), 127])))}
 
 
-def deeper(base, seed, every):
-    """9/7 of the layers, with the parameters that base's layers have when all of them are softmax.
+def deeper(base, seed, layers, every):
+    """More layers (`layers` for each 7) with the parameters of base's layers, all of them softmax.
 
-    every: 1 if all of these are softmax, too; 3 if every third is, and the others are ab. A softmax
-    layer has 4 C^2 numbers and, as all, 2 C d_ff; ab without projection next to none but these.
+    Every so-many-th is softmax (0: none), with 4 C^2 numbers and, as all, 2 C d_ff; the others are
+    ab without projection, which have next to none but these.
     """
-    C, n = base.n_embd, round(9 * base.n_layer / 7)
-    return {"n_layer": n, "d_ff": round(C * (6 * base.n_layer - 2 * (n // every)) / n)}
+    C, n = base.n_embd, round(layers * base.n_layer / 7)
+    n_softmax = n // every if every else 0
+    return {"n_layer": n, "d_ff": round(C * (6 * base.n_layer - 2 * n_softmax) / n)}
 
 
 @dataclass
@@ -80,7 +81,7 @@ MODELS = {
     "softmax-deep": Model(
         "softmax, rotary positions, more layers and a narrower feed-forward",
         {"mixers": "softmax"},
-        more=partial(deeper, every=1),
+        more=partial(deeper, layers=9, every=1),
     ),
     "ab": Model("ab", {"mixers": "ab"}),
     "vec": Model("vec", {"mixers": "vec"}),
@@ -100,7 +101,7 @@ MODELS = {
     "hybrid-deep": Model(
         "ab without projection but more layers, every third softmax",
         {"mixers": "ab,ab,softmax", "proj": False},
-        more=partial(deeper, every=3),
+        more=partial(deeper, layers=9, every=3),
     ),
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-random": Model(
@@ -112,6 +113,11 @@ MODELS = {
         "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
     ),
     "ab-ones": Model("ab, each shift 1", {"mixers": "ab", "shifts": "1"}),
+    "ab-deep": Model(
+        "ab without projection but more layers",
+        {"mixers": "ab", "proj": False},
+        more=partial(deeper, layers=10, every=0),
+    ),
     "ab-4C": Model("ab, feed-forward 4 C wide: fewer parameters", {"mixers": "ab", "d_ff": 256}),
 }
 CPU = replace(
