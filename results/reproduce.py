@@ -75,7 +75,8 @@ MIDDLE = "ab,ab,ab,softmax,ab,ab,ab"
 LAST = "ab,ab,ab,ab,ab,ab,softmax"
 MODELS = {
     "softmax-learned": Model(
-        "softmax, learned positions (GPT-2)", {"mixers": "softmax", "pos_emb": "learned"}
+        "softmax, learned positions (GPT-2)",
+        {"mixers": "softmax", "pos_emb": "learned"},
     ),
     "softmax-rope": Model("softmax, rotary positions", {"mixers": "softmax"}),
     "softmax-deep": Model(
@@ -152,11 +153,8 @@ SCALES = {
         (*tables.BASELINES, "ab", "hybrid-3rd", "hybrid-deep"),
     ),
     "sweep": Scale(  # of the learning rate, in the place of corpora
-        {
-            f"lr-{lr}": replace(CPU, steps=1000, eval_interval=500, lr=lr)
-            for lr in (0.004, 0.008, 0.016)
-        },
-        tuple(MODELS),
+        {f"lr-{lr}": replace(CPU, lr=lr) for lr in (0.004, 0.008, 0.016)},
+        (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "hybrid-deep"),
         seeds=1,
     ),
 }
@@ -287,8 +285,12 @@ def work(run, folder):
                 f"{run.config.data} is not the text that {path.name} was made with, so its runs "
                 "would not compare; use another --dir, or the same text"
             )
-    began = replace(run.config, resume=can_resume(run))
-    result = train(began)
+    path = Path(folder) / run.scale / f"{run.name}.jsonl"
+    same = twin(run, meta, folder)
+    if same:
+        write_log(path, {**same[0], "run": run.name}, same[1])
+        return 0
+    result = train(replace(run.config, resume=can_resume(run)))
     if result.stopped_by:
         return result.stopped_by
     head = {
@@ -298,8 +300,21 @@ def work(run, folder):
         "data": {key: meta[key] for key in ("sha256", "vocab_size", "val_tokens", "val_bytes")},
         **surroundings(pick_device(run.config.device)),
     }
-    write_log(Path(folder) / run.scale / f"{run.name}.jsonl", head, result.history)
+    write_log(path, head, result.history)
     return 0
+
+
+def twin(run, meta, folder):
+    """(head, rows) of a log of the same run under another name: the sweep's and the grid's meet."""
+    for path in Path(folder).glob(f"*/*.{run.model}.{run.config.steps}.s{run.seed}.jsonl"):
+        try:
+            head, rows = read_log(path)
+        except BadInput:
+            continue
+        same = is_of(run, head.get("model"), head.get("train"))
+        if same and head["data"]["sha256"] == meta["sha256"]:
+            return head, rows
+    return None
 
 
 def surroundings(device):

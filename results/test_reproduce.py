@@ -291,6 +291,21 @@ def test_the_chosen_learning_rates_are_the_sweeps_lowest():
             assert min(its, key=its.get) == f"lr-{model.lr}", name
 
 
+def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp_path, monkeypatch):
+    reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
+    base = reproduce.SCALES["cpu"].corpora["text"]
+    rates = {f"lr-{lr}": replace(base, lr=lr) for lr in (base.lr, base.lr / 2)}
+    sweep = reproduce.Scale(rates, ("ab",), seeds=1)
+    monkeypatch.setattr(reproduce, "SCALES", {**reproduce.SCALES, "sweep": sweep})
+    trained = []
+    train = reproduce.train
+    monkeypatch.setattr(reproduce, "train", lambda c: trained.append(c.lr) or train(c))
+    reproduce.main([*grid, "--scale", "sweep"])
+    assert trained == [base.lr / 2]
+    table = (tmp_path / "results/table.md").read_text(encoding="utf-8")
+    assert f"| model | lr-{base.lr} | lr-{base.lr / 2} |" in table
+
+
 def test_intervals_are_students():
     middle, half = tables.interval([1.0, 2.0, 3.0])
     assert middle == 2 and half == pytest.approx(2.4842, abs=1e-3)  # 4.303 / sqrt(3)
