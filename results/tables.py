@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 from functools import partial
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -131,7 +132,8 @@ def sweep_section(logs, about):
             mean_loss(models[name]) if name in models else math.inf for models in logs.values()
         ]
         cells = [f"{loss:.4f}" if loss < math.inf else "-" for loss in losses]
-        cells[int(np.argmin(losses))] = f"**{min(losses):.4f}**"
+        if len(logs) == sum(loss < math.inf for loss in losses):
+            cells[int(np.argmin(losses))] = f"**{min(losses):.4f}**"
         lines.append(line(about[name], *cells))
     return [*lines, ""]
 
@@ -201,7 +203,8 @@ def finish(axes, logs):
             panel.set_ylim(0.98 * min(losses), 1.6 * min(losses))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:.3g}")
-    axes[0, 0].legend(fontsize=8)
+    lines = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
+    axes[0, 0].figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
 
 
 def draw_curves(logs, figure, about):
@@ -267,7 +270,8 @@ def save_picture(draw, data, path, size):
     from matplotlib.figure import Figure  # here, because it takes a second
 
     code = inspect.getsource(draw.func if isinstance(draw, partial) else draw)
-    digest = hashlib.sha256(repr((data, code, size, STYLES)).encode()).hexdigest()
+    code += Path(__file__).read_text(encoding="utf-8").partition("\n# Pictures\n")[2]
+    digest = hashlib.sha256(repr((data, code, size)).encode()).hexdigest()
     if path.is_file() and digest.encode() in path.read_bytes():
         return
     figure = Figure(figsize=size, layout="constrained")
