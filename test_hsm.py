@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import decode
@@ -1180,15 +1179,19 @@ def test_fused_kernels_are_taken_by_themselves_on_cuda_alone_and_a_reason_is_giv
 
 
 @pytest.mark.parametrize("before", [None, False, True])
-def test_a_run_resumes_whatever_it_was_told_about_kernels(before, data, tmp_path, capsys):
+def test_a_run_resumes_whatever_it_was_told_about_kernels(
+    before, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "fast", raising=False)
     train.train(small(data, tmp_path / "out"))
     path = tmp_path / "out" / "ckpt.pt"
     checkpoint = hsm.load_checkpoint(path)
     assert checkpoint["train"]["fast"] is None
     hsm.save_checkpoint(path, **checkpoint | {"train": checkpoint["train"] | {"fast": before}})
     words = ["--resume", "--out", str(tmp_path / "out"), "--steps", "14", "--device", "cpu"]
-    if before:  # on a CPU
-        assert "the fast path needs" in refused(capsys, train, *words)
+    if before:
+        assert "the fast path needs Triton" in refused(capsys, train, *words)
     assert train.main([*words, *(["--no-fast"] if before else [])]) == 0
     assert hsm.load_checkpoint(path)["step"] == 14
 
@@ -1209,6 +1212,9 @@ def test_a_known_cards_peak_is_known_and_no_others(monkeypatch):
 
 @pytest.mark.parametrize("mixers", ["ab", "ab,softmax"])
 def test_useful_operations_are_those_of_the_products(mixers, data):
+    # Here, because it imports Triton, and test_fast.py must be the first to do so.
+    from torch.utils.flop_counter import FlopCounterMode
+
     fields = {"n_embd": 32, "n_layer": 4, "pos_emb": "learned"}
     trainer = trainer_of(small(data, "out", mixers=mixers, **fields))
     idx = tokens(2, 16, vocab_size=5)
