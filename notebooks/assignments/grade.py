@@ -34,7 +34,8 @@ NAMES = sorted(path.parent.name for path in HERE.glob("source/*/*.ipynb"))
 
 def nbgrader(course, *words):
     """Run an nbgrader command in the folder of a course. BadInput with its error if it fails."""
-    environment = os.environ | {"HSM_ROOT": str(ROOT)}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | {"HSM_ROOT": str(ROOT), "PATH": programs}  # nbgrader calls alembic
     command = [sys.executable, "-m", "nbgrader", *words]
     done = subprocess.run(
         command,
