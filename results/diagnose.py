@@ -79,7 +79,7 @@ def positions(seed):
 
 
 def without(model, taps):
-    """A context in which these taps bring nothing: z = 0 there. taps: (layer, head) pairs."""
+    """Silence taps, (layer, head) pairs: z = 0 there. Returns the hooks; remove them to undo it."""
 
     def silence(heads, n_head):
         def hook(_, inputs):

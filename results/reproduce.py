@@ -203,6 +203,10 @@ class Run:
     def name(self):
         return f"{self.corpus}.{self.model}.{self.config.steps}.s{self.seed}"
 
+    def log(self, folder):
+        """Where its log lies among those of the folder."""
+        return Path(folder) / self.scale / f"{self.name}.jsonl"
+
     def describe(self):
         """What a log must say to be this run's: all that the numbers depend on but the data."""
         fields = asdict(self.config)
@@ -257,7 +261,7 @@ def read_log(path):
 
 def finished(run, folder, warn=print):
     """(head, rows) of this run's log in folder, or None, with a word on what is wrong with it."""
-    path = Path(folder) / run.scale / f"{run.name}.jsonl"
+    path = run.log(folder)
     if not path.is_file():
         return None
     try:
@@ -285,7 +289,7 @@ def work(run, folder):
                 f"{run.config.data} is not the text that {path.name} was made with, so its runs "
                 "would not compare; use another --dir, or the same text"
             )
-    path = Path(folder) / run.scale / f"{run.name}.jsonl"
+    path = run.log(folder)
     same = twin(run, meta, folder)
     if same:
         write_log(path, {**same[0], "run": run.name}, same[1])
@@ -395,7 +399,7 @@ def state_of(run, folder):
     """One word or two on how far a run is."""
     if finished(run, folder, warn=lambda _: None):
         return "done"
-    if (Path(folder) / run.scale / f"{run.name}.jsonl").is_file():
+    if run.log(folder).is_file():
         return "its log is damaged or of another configuration: to be made again"
     return "begun" if can_resume(run) else "to do"
 

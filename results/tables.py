@@ -49,6 +49,17 @@ def excess(its, baseline):
     return [100 * (its[seed] / baseline[seed] - 1) for seed in its if seed in baseline]
 
 
+OVER = ("% over softmax, learned positions", "% over softmax, rotary")  # of BASELINES
+
+
+def over_baselines(name, models):
+    """The cells under OVER of a corpus's model; a baseline has an empty one under itself."""
+    return [
+        "" if name == b else cell(excess(models[name], models.get(b, {})), "+.2f")
+        for b in BASELINES
+    ]
+
+
 def mean_loss(its):
     return mean(last_losses(its).values())
 
@@ -72,8 +83,7 @@ def rule(n):
 def corpus_table(models, about):
     """A corpus's rows, the lowest loss first. models: model -> seed -> (head, rows)."""
     head = ("name", "model", "parameters", "seeds", "loss, nats a token", "bits a byte")
-    head += ("% over softmax, learned positions", "% over softmax, rotary")
-    head += ("MFLOP a token", "minutes")
+    head += (*OVER, "MFLOP a token", "minutes")
     lines = [line(*head), rule(len(head))]
     full = [its for name, its in models.items() if name in BASELINES]
     n_full = next(iter(full[0].values()))[0]["parameters"] if full else None
@@ -82,9 +92,6 @@ def corpus_table(models, about):
         first = next(iter(its.values()))[0]
         last = [rows[-1] for _, rows in its.values()]
         share = f" ({100 * (first['parameters'] / n_full - 1):+.2f}%)" if n_full else ""
-        over = [
-            "" if name == b else cell(excess(its, models.get(b, {})), "+.2f") for b in BASELINES
-        ]
         lines.append(
             line(
                 f"`{name}`",
@@ -93,7 +100,7 @@ def corpus_table(models, about):
                 str(len(its)),
                 cell([end["val_loss"] for end in last], ".4f"),
                 f"{mean(end['val_bpb'] for end in last):.4f}",
-                *over,
+                *over_baselines(name, models),
                 f"{flops(first) / 1e6:.2f}",
                 f"{mean(end['elapsed_s'] for end in last) / 60:.1f}",
             )
@@ -140,8 +147,7 @@ def sweep_section(logs, about):
 
 def claims_table(logs, about):
     """The README's rows: of each corpus both baselines, the best HSM alone, the best hybrid."""
-    head = ("corpus", "model", "seeds", "loss, nats a token")
-    head += ("% over softmax, learned positions", "% over softmax, rotary")
+    head = ("corpus", "model", "seeds", "loss, nats a token", *OVER)
     lines = [line(*head), rule(len(head))]
     for corpus, models in logs.items():
         most = max(len(its) for its in models.values())
@@ -153,11 +159,9 @@ def claims_table(logs, about):
         best = [min(kind)[1] for kind in (pure, hybrid) if kind]
         for name in (*(b for b in BASELINES if b in models), *best):
             its = models[name]
-            over = [
-                "" if name == b else cell(excess(its, models.get(b, {})), "+.2f") for b in BASELINES
-            ]
-            losses = list(last_losses(its).values())
-            lines.append(line(corpus, about[name], str(len(its)), cell(losses, ".4f"), *over))
+            loss = cell(list(last_losses(its).values()), ".4f")
+            over = over_baselines(name, models)
+            lines.append(line(corpus, about[name], str(len(its)), loss, *over))
     return lines
 
 
