@@ -15,7 +15,8 @@ HSM and softmax have equally many parameters and the same inputs. They take turn
 round; a ratio is the median of the rounds' ratios, with the middle half of them in brackets: what
 slows the machine for a while slows both. Softmax has the fastest kernel that PyTorch offers for its
 shape here (each is tried), room for all its keys and values from the start, and no positions to
-compute. On CUDA both decode as CUDA graphs (decode.py), on a CPU as they are. Untrained weights do:
+compute. On CUDA both decode as CUDA graphs (decode.py); on a CPU as they are, or with --compile
+each in its fastest way: as it is, with decode.py's caches, or these compiled. Untrained weights do:
 no time depends on their values.
 
 OUT/logs/bench.jsonl has a line for each measurement, with every round, the device, the versions and
@@ -43,9 +44,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from decode import WARM_UP, Decoder
 from hsm import GPT, BadInput, GPTConfig, atomic_write
 from prepare_data import parse, run
-from train import PEAK, flops_per_token, pick_device, pick_dtype
+from train import PEAK, Choice, flops_per_token, pick_device, pick_dtype
 
 VOCAB = 256
+STEPS = ("plain", "static", "compiled")  # of decoding: hsm.py's caches, decode.py's, and compiled
 
 
 @dataclass
@@ -67,7 +69,7 @@ class BenchConfig:
     rounds: int = 5  # turns that each model takes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
-    compile: bool | None = None  # torch.compile, except in decoding; None: on CUDA
+    compile: Choice = None  # torch.compile; decoding on a CPU: if it helps; None: on CUDA
     fast: bool = False  # HSM mixes and trains in fast.py's kernels
     quick: bool = False  # small sizes, three rounds
     table: bool = False  # measure nothing: write table and picture from the log
@@ -330,24 +332,27 @@ def saved_bytes(model, idx):
 
 def measure_decode(config, position, batch, device, dtype):
     """A token at `position`: the model's call and the likeliest token, fed back."""
+    torch.compiler.reset()  # else what an earlier measurement compiled is compiled again here
     repeats = 8
-    room = repeats * (config.rounds + 2) + 2
-    facts = {"batch": batch, "state_bytes": {}}
+    room = repeats * (config.rounds + 6)
+    facts = {"batch": batch, "state_bytes": {}, "steps": {}}
 
     @torch.no_grad()
-    def make(name, mixers):
+    def make(name, mixers, step):
         torch.manual_seed(0)
         idx = torch.randint(VOCAB, (batch, position), device=device)
         facts["graph"] = idx.is_cuda
-        # In a graph softmax sees `position` tokens: all slots filled, and a kernel without a mask.
-        fixed = idx.is_cuda and mixers == "softmax"
+        # In fixed shapes softmax sees `position` tokens: all slots filled, and no mask to apply.
+        fixed = mixers == "softmax" and step != "plain"
         shape = config.model(mixers, position if fixed else max(config.positions) + room)
         model = GPT(shape).to(device, dtype).eval()
         facts["state_bytes"][name] = model.state_bytes(batch, position)
         cache = model.init_cache(batch, position + room)
         logits, _ = model(idx, cache=cache, last_only=True)
         idx = logits.argmax(-1)  # (B, 1)
-        decoder = Decoder(model, cache) if idx.is_cuda else None
+        decoder = None
+        if step != "plain":
+            decoder = Decoder(torch.compile(model) if step == "compiled" else model, cache)
 
         @torch.no_grad()
         def token():
@@ -358,13 +363,25 @@ def measure_decode(config, position, batch, device, dtype):
                 logits = decoder(idx)
             idx = logits.argmax(-1)  # never leaves the device
 
-        for _ in range(WARM_UP):  # the clock's first call captures the graph
+        for _ in range(WARM_UP):  # it compiles; on CUDA the clock's first call captures the graph
             token()
         return token
 
+    def fastest(name, mixers):
+        """Its call in the way that is fastest here, of those that config allows."""
+        on_cuda = torch.zeros(1, device=device).is_cuda
+        steps = ["static"] if on_cuda else STEPS if config.compile else ["plain"]
+        calls = {step: make(name, mixers, step) for step in steps}
+        best = steps[0]
+        if len(steps) > 1:
+            trials = [{s: seconds(calls[s], repeats, device) for s in steps} for _ in range(3)]
+            best = min(steps, key=lambda step: min(trial[step] for trial in trials))
+        facts["steps"][name] = best
+        return calls[best]
+
     makers = {
-        "hsm": partial(make, "hsm", config.mixer),
-        "softmax": partial(make, "softmax", "softmax"),
+        "hsm": partial(fastest, "hsm", config.mixer),
+        "softmax": partial(fastest, "softmax", "softmax"),
     }
     times, peaks = race(makers, config.rounds, device, repeats=repeats)
     return times, facts | {"peak_bytes": peaks}
@@ -592,6 +609,10 @@ def decode_table(rows):
     text = table(head, lines)
     if any(row.get("graph") for row in rows):
         text += "\n\nA token is one CUDA graph."
+    for name, title in (("hsm", "HSM"), ("softmax", "softmax")):
+        ways = {row["steps"][name] for row in rows if len(row.get("steps", ())) == 2}
+        if ways and not any(row.get("graph") for row in rows):
+            text += f"\n\nThe fastest step for {title}: {', '.join(sorted(ways))}."
     for batch in sorted({row["batch"] for row in rows}):
         ends = [row for row in rows if row["batch"] == batch and row["seconds"]["hsm"]]
         if len(ends) > 1:
@@ -652,13 +673,14 @@ def report(rows):
 
 
 def draw(rows, path):
-    """bench.png: each part against T, in the setting that was measured last."""
+    """bench.png: each part against T, in the setting in which it was measured last."""
     import matplotlib  # here, because it takes a second
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if setting_of(row) == setting_of(rows[-1])]
+    last = {row["part"]: setting_of(row) for row in rows}
+    rows = [row for row in rows if setting_of(row) == last[row["part"]]]
     colours = {"hsm": "#0072b2", "softmax": "#d55e00", "copy": "#9a9a9a"}  # colour-blind eyes
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     titles = {"train": "training step, ms a 1,000 tokens", "mix": "mixing alone, ms a 1,000 tokens"}

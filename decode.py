@@ -2,6 +2,8 @@
 
     model.generate(...)              takes it by itself on CUDA
     Decoder(model, cache, max_len)   the same from Python, on any device
+    Decoder(torch.compile(model), cache)   for long texts on a CPU: half a minute to compile, then
+                                           HSM's tokens come faster (results/bench.md)
 
 Why? A token of a small model is hundreds of kernels of a few microseconds, and Python takes longer
 to start one than the GPU to run it. A CUDA graph starts them all at once. But it runs the same

@@ -499,9 +499,35 @@ def test_on_cuda_the_bench_decodes_both_models_as_graphs_and_times_replays_alone
     assert masks == [False, False]  # softmax reads filled slots alone
     assert facts["state_bytes"]["softmax"] == 4 * 2 * 2 * 16 * 8
     row = {"T": 8, "batch": 2, "seconds": times} | facts
+    assert facts["steps"] == {"hsm": "static", "softmax": "static"}
     assert "A token is one CUDA graph." in bench.decode_table([row])
-    del row["graph"]  # a log's row from before
-    assert "CUDA graph" not in bench.decode_table([row])
+    del row["graph"], row["steps"]  # a log's row from before
+    assert "graph" not in bench.decode_table([row])
+
+
+def test_with_compile_the_bench_decodes_each_model_in_its_fastest_way(monkeypatch):
+    """Each way is tried; here the clock says that HSM is fastest compiled and softmax plain."""
+    tried, compiled = [], []
+
+    def seconds(call, repeats, device):
+        call()
+        step = ["plain", "static", "compiled"][len(tried) % 3]
+        tried.append(step)
+        is_softmax = len(tried) > 9
+        return 1.0 if step == ("plain" if is_softmax else "compiled") else 2.0
+
+    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(
+        bench, "race", lambda makers, *_, **__: ({m: makers[m]() for m in makers}, {})
+    )
+    config = bench.BenchConfig(n_layer=1, n_head=2, n_embd=16, positions=(8, 24), compile=True)
+    _, facts = bench.measure_decode(config, 8, 2, torch.device("cpu"), torch.float32)
+    assert facts["steps"] == {"hsm": "compiled", "softmax": "plain"}
+    assert len(tried) == 18 and len(compiled) == 2
+    row = {"T": 8, "batch": 2, "seconds": {"hsm": [1.0, 1.0], "softmax": [2.0, 2.0]}} | facts
+    text = bench.decode_table([row])
+    assert "step for HSM: compiled." in text and "step for softmax: plain." in text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a real capture")
