@@ -97,10 +97,15 @@ class DelayLine:
 # Yours is a class like these and a line in PAIRS: trainer, sampler and tests then take it by name.
 
 
-def linear(n_in, n_out, bias=False, std=0.02):
-    """A linear map whose weights start as normal numbers of the given std, its bias at 0."""
+def start(weight, width, scale=1.0):
+    """Fill with normal numbers: std 0.02 at GPT-2's width of 768; sums over fewer stay as large."""
+    nn.init.normal_(weight, std=scale * 0.02 * math.sqrt(768 / width))
+
+
+def linear(n_in, n_out, bias=False, scale=1.0):
+    """A linear map whose weights start as above, its bias at 0."""
     layer = nn.Linear(n_in, n_out, bias=bias)
-    nn.init.normal_(layer.weight, std=std)
+    start(layer.weight, n_in, scale)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -296,9 +301,9 @@ class GPTConfig:
 #   state_size(length)             numbers a sequence in the cache after `length` tokens.
 
 
-def residual_std(config):
-    """Std of a map that writes to the residual stream: 2 n_layer of them add up (GPT-2)."""
-    return 0.02 / math.sqrt(2 * config.n_layer)
+def residual_scale(config):
+    """How small a map that writes to the residual stream starts: 2 n_layer add up (GPT-2)."""
+    return 1 / math.sqrt(2 * config.n_layer)
 
 
 class ShiftMixer(nn.Module):
@@ -315,7 +320,7 @@ class ShiftMixer(nn.Module):
         # With in_proj each head chooses what it sends through time, as attention's values do.
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         self.pair = PAIRS[pair](C, config.n_head)
-        self.proj = linear(C, C, bias, residual_std(config)) if config.proj else nn.Identity()
+        self.proj = linear(C, C, bias, residual_scale(config)) if config.proj else nn.Identity()
         self.fused = None  # delay and pair in one kernel, where fast.py has put it
 
     def forward(self, x, cache=None):
@@ -394,7 +399,7 @@ class SoftmaxMixer(nn.Module):
         self.offsets = range(config.block_size)
         self.rope, self.dropout = config.pos_emb == "rope", config.dropout
         self.qkv = linear(C, 3 * C, bias)
-        self.proj = linear(C, C, bias, residual_std(config))
+        self.proj = linear(C, C, bias, residual_scale(config))
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -453,7 +458,7 @@ class MLP(nn.Module):
     def __init__(self, config, width):
         super().__init__()
         self.up = linear(config.n_embd, width, config.bias)
-        self.down = linear(width, config.n_embd, config.bias, residual_std(config))
+        self.down = linear(width, config.n_embd, config.bias, residual_scale(config))
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
@@ -519,11 +524,11 @@ class GPT(nn.Module):
             raise BadInput("vocab_size must be at least 1 to build a model")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        nn.init.normal_(self.wte.weight, std=0.02)
+        start(self.wte.weight, config.n_embd)
         self.wpe = None
         if config.pos_emb == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-            nn.init.normal_(self.wpe.weight, std=0.02)
+            start(self.wpe.weight, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, *layer) for layer in config.layers)
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +55,7 @@ def tiny(mixers="ab", dtype=torch.float32, seed=0, **fields):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(10)
+                parameter.mul_(1.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -680,12 +681,30 @@ def test_num_params_counts_tables_only_when_asked():
     assert model.num_params() == everything - 31 * 16 - 16 * 16
 
 
+VARIANCE = 0.02**2 * 768  # of the logits at the start, at any width
+
+
 @pytest.mark.parametrize("mixers", MODELS)
-def test_loss_at_initialisation_is_ln_V(mixers):
+def test_loss_at_initialisation_is_ln_V_and_half_the_logits_variance(mixers):
     torch.manual_seed(0)
     model = GPT(GPTConfig(mixers=mixers, vocab_size=65))
     idx = tokens(8, 128, vocab_size=65)
-    assert abs(model(idx, idx.roll(-1, 1))[1].item() - math.log(65)) < 0.1
+    expected = math.log(65) + VARIANCE / 2  # ln(sum of V exponentials of normal numbers)
+    assert abs(model(idx, idx.roll(-1, 1))[1].item() - expected) < 0.1
+
+
+@pytest.mark.parametrize("n_embd", [32, 256])
+@pytest.mark.parametrize("mixers", ["ab", "matrix", "softmax"])
+def test_what_a_linear_map_makes_of_a_norm_does_not_depend_on_the_width(mixers, n_embd):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(mixers=mixers, vocab_size=500, n_embd=n_embd, pos_emb="learned"))
+    for linear in [model.blocks[0].mlp.up, model.wte]:
+        y = F.linear(F.layer_norm(torch.randn(500, n_embd), (n_embd,)), linear.weight)
+        assert y.var().item() == pytest.approx(VARIANCE, rel=0.1)
+    down = model.blocks[0].mlp.down.weight
+    scale = 1 / (2 * model.config.n_layer)
+    assert down.var().item() * down.size(1) == pytest.approx(scale * VARIANCE, rel=0.1)
+    assert model.wpe.weight.var().item() * n_embd == pytest.approx(VARIANCE, rel=0.1)
 
 
 @pytest.mark.parametrize("mixers", MODELS)
@@ -1064,7 +1083,8 @@ def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp
         "skipped",
     ]
     assert all(list(row) == names for row in rows)
-    assert rows[0]["val_loss"] == pytest.approx(math.log(result.model.config.vocab_size), abs=0.1)
+    expected = math.log(result.model.config.vocab_size) + VARIANCE / 2
+    assert rows[0]["val_loss"] == pytest.approx(expected, abs=0.1)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     best = hsm.load_checkpoint(tmp_path / "best.pt")
     assert best["best_loss"] == min(row["val_loss"] for row in rows) == result.best_loss
