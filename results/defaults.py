@@ -1,4 +1,4 @@
-"""Measure the defaults: each pair function's initial weights, weight decay, learning rate.
+"""Measure the defaults: how weights start, weight decay, learning rate.
 
     python results/defaults.py           train what results/logs/defaults.jsonl has not yet
     python results/defaults.py --table   print the log as a table
@@ -22,13 +22,26 @@ LOG = HERE / "logs" / "defaults.jsonl"
 STEPS = 300
 
 
-def matrices(std, identity=0.0):
-    """Draw a pair function's matrices anew with this std, and add a multiple of the identity."""
+def every(std):
+    """Draw all matrices and tables anew with this std, smaller where they add to the stream."""
 
-    def change(pair):
-        for weight in pair.parameters():
+    def change(model):
+        for name, weight in model.named_parameters():
             if weight.dim() == 2:
-                weight.normal_(std=std).add_(identity * torch.eye(len(weight)))
+                adds = name.endswith(("mixer.proj.weight", "down.weight"))
+                weight.normal_(std=std / (2 * model.config.n_layer) ** 0.5 if adds else std)
+
+    return change
+
+
+def matrices(std, identity=0.0):
+    """Draw the pair functions' matrices anew with this std, and add a multiple of the identity."""
+
+    def change(model):
+        for block in model.blocks:
+            for weight in block.mixer.pair.parameters():
+                if weight.dim() == 2:
+                    weight.normal_(std=std).add_(identity * torch.eye(len(weight)))
 
     return change
 
@@ -36,51 +49,58 @@ def matrices(std, identity=0.0):
 def taps(a, b):
     """Start (a, b) at these numbers."""
 
-    def change(pair):
-        pair.a.fill_(a), pair.b.fill_(b)
+    def change(model):
+        for block in model.blocks:
+            block.mixer.pair.a.fill_(a), block.mixer.pair.b.fill_(b)
 
     return change
 
 
-# A row: mixer, what is changed, how its pair functions are, fields of the run.
+LEARNED = {"pos_emb": "learned"}
+# A row: mixer, what is changed, how its weights are, fields of the run, fields of the model.
 RUNS = [
-    ("ab", "as it is: a = b = 0.5", None, {}),
-    ("ab", "a = 1, b = 0", taps(1.0, 0.0), {}),
-    ("ab", "a = b = 1", taps(1.0, 1.0), {}),
-    ("vec", "as it is: a = b = 0.5", None, {}),
-    ("matrix", "as it is: std 0.02", None, {}),
-    ("matrix", "std 0.09 (variance kept)", matrices(0.09), {}),
-    ("matrix", "identity / 2 + std 0.02", matrices(0.02, 0.5), {}),
-    ("gate1", "as it is: std 0.02", None, {}),
-    ("gate1", "std 0.09", matrices(0.09), {}),
-    ("gate2", "as it is: std 0.02", None, {}),
-    ("gate2", "std 0.09", matrices(0.09), {}),
-    ("fusion", "as it is: std 0.02", None, {}),
-    ("fusion", "std 0.09", matrices(0.09), {}),
-    ("mult", "as it is: std 0.02", None, {}),
-    ("mult", "std 0.09", matrices(0.09), {}),
-    ("ab", "weight decay 0", None, {"weight_decay": 0.0}),
-    ("ab", "weight decay 0.3", None, {"weight_decay": 0.3}),
-    ("ab", "learning rate 4e-3", None, {"lr": 4e-3}),
-    ("ab", "learning rate 1.2e-2", None, {"lr": 1.2e-2}),
+    ("ab", "as it is: a = b = 0.5", None, {}, {}),
+    ("ab", "a = 1, b = 0", taps(1.0, 0.0), {}, {}),
+    ("ab", "a = b = 1", taps(1.0, 1.0), {}, {}),
+    ("ab", "all matrices std 0.02", every(0.02), {}, {}),
+    ("softmax", "as it is: 0.02 sqrt(768 / inputs)", None, {}, {}),
+    ("softmax", "all matrices std 0.02", every(0.02), {}, {}),
+    ("softmax", "learned positions", None, {}, LEARNED),
+    ("softmax", "learned positions, all matrices std 0.02", every(0.02), {}, LEARNED),
+    ("vec", "as it is: a = b = 0.5", None, {}, {}),
+    ("matrix", "as it is", None, {}, {}),
+    ("matrix", "its matrices std 0.02", matrices(0.02), {}, {}),
+    ("matrix", "identity / 2 + std 0.02", matrices(0.02, 0.5), {}, {}),
+    ("gate1", "as it is", None, {}, {}),
+    ("gate1", "its matrices std 0.02", matrices(0.02), {}, {}),
+    ("gate2", "as it is", None, {}, {}),
+    ("gate2", "its matrices std 0.02", matrices(0.02), {}, {}),
+    ("fusion", "as it is", None, {}, {}),
+    ("fusion", "its matrices std 0.02", matrices(0.02), {}, {}),
+    ("mult", "as it is", None, {}, {}),
+    ("mult", "its matrices std 0.02", matrices(0.02), {}, {}),
+    ("ab", "weight decay 0", None, {"weight_decay": 0.0}, {}),
+    ("ab", "weight decay 0.3", None, {"weight_decay": 0.3}, {}),
+    ("ab", "learning rate 4e-3", None, {"lr": 4e-3}, {}),
+    ("ab", "learning rate 1.2e-2", None, {"lr": 1.2e-2}, {}),
 ]
 
 
-def measure(mixer, change, fields):
+def measure(mixer, change, fields, shape):
     """Train the quick preset with these changes; returns the rows of its evaluations."""
 
     def build(config):
         model = GPT(config)
-        for block in model.blocks if change else ():
+        if change:
             with torch.no_grad():
-                change(block.mixer.pair)
+                change(model)
         return model
 
     GPT, trainer.GPT = trainer.GPT, build
     try:
         with tempfile.TemporaryDirectory() as out:
             quick = trainer.PRESETS["quick"]
-            model = replace(quick.model, mixers=mixer)
+            model = replace(quick.model, mixers=mixer, **shape)
             run = {"steps": STEPS, "eval_interval": STEPS, "sample_tokens": 0, "device": "cpu"}
             return trainer.train(replace(quick, model=model, out=out, **run | fields)).history
     finally:
@@ -101,9 +121,9 @@ def main():
         for (mixer, what), row in read_log().items():
             print(f"| {mixer} | {what} | {row['val_loss']:.4f} |")
         return
-    for mixer, what, change, fields in RUNS:
+    for mixer, what, *rest in RUNS:
         if (mixer, what) not in read_log():
-            last = measure(mixer, change, fields)[-1]
+            last = measure(mixer, *rest)[-1]
             row = {"mixer": mixer, "change": what, "torch": torch.__version__, "seed": 1} | last
             with open(LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -180,10 +180,11 @@ class Task:
     sizes: tuple
     vocab_size: int
     steps: int
+    every: int = 100  # steps between looks at the accuracy
 
 
 TASKS = {
-    "copy": Task(copy_task, (13,), 26, 500),
+    "copy": Task(copy_task, (13,), 26, 500, every=10),
     "repeat": Task(repeat_task, (12,), 26, 1000),
     "recall": Task(recall_task, (4, 8), 128, 3000),
 }
@@ -194,7 +195,6 @@ LEARNERS = {  # four layers; "heads": shifts of 1, 2, 4 .. in each layer
     "hybrid": "ab,ab,softmax,ab",
 }
 TOKENS, RATE = 2048, 4e-3  # tokens a step; the highest learning rate
-EVERY = 100  # steps between looks at the accuracy
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def learn(task, size, mixers, seed, lr):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             bar.update()
-            if step % EVERY == 0 or step == config.steps:
+            if step % task.every == 0 or step == config.steps:
                 right = accuracy(model, task, size)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, right {right:.3f}")
                 yield step, right
@@ -403,11 +403,13 @@ def main(arguments=None):
         for seed in () if config.table_only else range(1, config.seeds + 1):
             path = logs / f"{name}.s{seed}.jsonl"
             try:
-                reproduce.read_log(path)
-            except (BadInput, FileNotFoundError):
-                rows = list(measure(seed=seed))
-                head = {"part": name, "seed": seed, **reproduce.surroundings(CPU)}
-                reproduce.write_log(path, head, rows)
+                if path.is_file() and reproduce.read_log(path):
+                    continue
+            except BadInput as error:
+                print(f"warning: {error}: not counted; measuring it again")
+            rows = list(measure(seed=seed))
+            head = {"part": name, "seed": seed, **reproduce.surroundings(CPU)}
+            reproduce.write_log(path, head, rows)
         rows = read_rows(name, logs)
         if rows:
             tables.save_picture(draw, rows, Path(config.dir) / f"{name}.png", size)

@@ -61,9 +61,8 @@ def test_a_learner_is_measured_until_it_is_right_or_the_steps_are_over(name, mon
     task = replace(diagnose.TASKS[name], steps=2)
     rows = list(diagnose.learn(task, task.sizes[0], "ab,softmax", 1, 1e-3))
     assert [step for step, _ in rows] == [2] and 0 <= rows[0][1] <= 1
-    monkeypatch.setattr(diagnose, "EVERY", 3)
     monkeypatch.setattr(diagnose, "accuracy", lambda *_: 1.0)
-    task = replace(task, steps=1000)
+    task = replace(task, steps=1000, every=3)
     assert list(diagnose.learn(task, task.sizes[0], "ab", 1, 1e-3)) == [(3, 1.0)]
 
 
@@ -115,7 +114,7 @@ def tiny_grid(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["positions", "taps", "weights"])
-def test_a_part_trains_its_models_measures_once_and_draws_from_its_log(tiny_grid, part):
+def test_a_part_trains_its_models_measures_once_and_draws_from_its_log(tiny_grid, part, capsys):
     flags = [part, "--dir", str(tiny_grid)]
     diagnose.main(flags)
     log, picture = tiny_grid / f"logs/diagnose/{part}.s1.jsonl", tiny_grid / f"{part}.png"
@@ -123,8 +122,10 @@ def test_a_part_trains_its_models_measures_once_and_draws_from_its_log(tiny_grid
     picture.unlink()
     diagnose.main(flags)
     assert (log.read_bytes(), picture.read_bytes()) == before
+    assert "damaged" not in capsys.readouterr().out
     log.write_bytes(before[0][:-40])
     diagnose.main(flags)
+    assert f"{log.name} is damaged: not counted; measuring it again" in capsys.readouterr().out
     assert reproduce.read_log(log)[1] == [json.loads(row) for row in before[0].splitlines()[1:-1]]
 
 
