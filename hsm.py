@@ -321,6 +321,10 @@ class ShiftMixer(nn.Module):
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         self.pair = PAIRS[pair](C, config.n_head)
         self.proj = linear(C, C, bias, residual_scale(config)) if config.proj else nn.Identity()
+        if not config.proj:  # then the pair itself writes to the residual stream, and starts small
+            with torch.no_grad():
+                for weight in self.pair.parameters():
+                    weight.mul_(residual_scale(config))
         self.fused = None  # delay and pair in one kernel, where fast.py has put it
 
     def forward(self, x, cache=None):

@@ -707,6 +707,16 @@ def test_what_a_linear_map_makes_of_a_norm_does_not_depend_on_the_width(mixers, 
     assert model.wpe.weight.var().item() * n_embd == pytest.approx(VARIANCE, rel=0.1)
 
 
+@pytest.mark.parametrize("mixers", ["ab", "vec", "matrix"])
+def test_what_writes_to_the_residual_stream_starts_small_with_and_without_a_projection(mixers):
+    x, std = torch.randn(8, 100, 256), {}
+    for proj in (True, False):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(mixers=mixers, vocab_size=9, n_embd=256, n_layer=18, proj=proj))
+        std[proj] = model.blocks[3].mixer(x).std().item()
+    assert 0.05 < std[True] < 0.15 and 0.05 < std[False] < 0.15  # 1 / sqrt(2 n_layer) = 0.17
+
+
 @pytest.mark.parametrize("mixers", MODELS)
 def test_overfits_one_batch(mixers):
     torch.manual_seed(0)

@@ -148,12 +148,12 @@ SCALES = {
     "gpu": Scale(
         {
             "shakespeare": replace(PRESETS["shakespeare"], **GPU),
-            "tinystories": replace(PRESETS["tinystories"], steps=2000, eval_interval=200, **GPU),
+            "tinystories": replace(PRESETS["tinystories"], steps=1000, eval_interval=100, **GPU),
         },
-        (*tables.BASELINES, "ab", "hybrid-3rd", "hybrid-deep"),
+        (*tables.BASELINES, "hybrid-deep"),  # 18 runs, to fit in 25 minutes of an H100
     ),
     "sweep": Scale(  # of the learning rate, in the place of corpora
-        {f"lr-{lr}": replace(CPU, lr=lr) for lr in (0.004, 0.008, 0.016)},
+        {f"lr-{lr}": replace(CPU, lr=lr) for lr in (0.002, 0.004, 0.008)},
         (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "hybrid-deep"),
         seeds=1,
     ),
@@ -185,6 +185,9 @@ def data_of(folder):
 # A run and its log
 
 
+# Grows when the code changes what a configuration gives, so that no log or checkpoint from before
+# is taken for a new one. 2: weights start by the width, not at 0.02.
+RECIPE = 2
 # Fields of TrainConfig that do not make another run of it.
 ELSEWHERE = ("out", "data", "resume", "sample_tokens", "device", "dtype", "compile", "fast")
 
@@ -212,7 +215,7 @@ class Run:
         fields = asdict(self.config)
         model = fields.pop("model")
         train = {name: value for name, value in fields.items() if name not in ELSEWHERE}
-        return {"model": {**model, "vocab_size": 0}, "train": train}
+        return {"recipe": RECIPE, "model": {**model, "vocab_size": 0}, "train": train}
 
 
 def make_runs(scale, models, corpora, seeds, steps, out):
@@ -229,7 +232,7 @@ def make_runs(scale, models, corpora, seeds, steps, out):
                 config = replace(base, model=shape, seed=seed, steps=n, lr=lr)
                 config = replace(config, eval_interval=interval)
                 new = Run(scale, corpus, name, seed, config)
-                new.config.out = str(Path(out) / scale / new.name)
+                new.config.out = str(Path(out) / f"recipe{RECIPE}" / scale / new.name)
                 runs.append(new)
     return runs
 
@@ -269,7 +272,7 @@ def finished(run, folder, warn=print):
     except BadInput as error:
         warn(f"warning: {error}: not counted; the run is to be made again")
         return None
-    if not is_of(run, head.get("model"), head.get("train")):
+    if not is_log_of(run, head):
         warn(f"warning: {path.name} is of another configuration: not counted")
         return None
     return head, rows
@@ -315,8 +318,7 @@ def twin(run, meta, folder):
             head, rows = read_log(path)
         except BadInput:
             continue
-        same = is_of(run, head.get("model"), head.get("train"))
-        if same and head["data"]["sha256"] == meta["sha256"]:
+        if is_log_of(run, head) and head["data"]["sha256"] == meta["sha256"]:
             return head, rows
     return None
 
@@ -339,6 +341,11 @@ def can_resume(run):
     except BadInput:
         return False
     return is_of(run, saved["config"], saved.get("train"))
+
+
+def is_log_of(run, head):
+    """Whether a log with this head is the run's."""
+    return head.get("recipe") == RECIPE and is_of(run, head.get("model"), head.get("train"))
 
 
 def is_of(run, model, train):

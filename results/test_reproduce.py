@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_configuration_is_not_gone_on_from(grid, tmp_pat
     assert not reproduce.can_resume(its)  # the cosine of two steps is another one
     reproduce.train(its.config)
     assert reproduce.can_resume(its)
-    (tmp_path / "out/cpu/text.ab.6.s1/ckpt.pt").write_bytes(b"torn")
+    Path(its.config.out, "ckpt.pt").write_bytes(b"torn")
     assert not reproduce.can_resume(its)
 
 
@@ -182,6 +182,22 @@ def test_a_log_of_another_configuration_is_named_and_not_counted(grid, tmp_path,
     assert "Not yet run" in (tmp_path / "results/table.md").read_text(encoding="utf-8")
 
 
+def test_what_was_made_before_the_code_changed_its_result_is_not_counted(
+    grid, tmp_path, monkeypatch
+):
+    flags = [*grid, "--only", "ab", "--seeds", "1"]
+    reproduce.main(flags)
+    before = logs_of(tmp_path)
+    monkeypatch.setattr(reproduce, "RECIPE", reproduce.RECIPE + 1)
+    reproduce.main([*flags, "--table-only"])
+    assert "Not yet run" in (tmp_path / "results/table.md").read_text(encoding="utf-8")
+    trained, train = [], reproduce.train
+    monkeypatch.setattr(reproduce, "train", lambda config: trained.append(config) or train(config))
+    reproduce.main(flags)
+    assert [config.resume for config in trained] == [False]  # not from the old checkpoint
+    assert len(logs_of(tmp_path)) == len(before) == 1
+
+
 def test_a_log_from_before_a_new_field_counts_if_the_field_has_its_default(grid, tmp_path):
     reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
     path = tmp_path / "results/logs/cpu/text.ab.6.s1.jsonl"
@@ -202,7 +218,8 @@ def test_another_text_is_refused(grid, tmp_path):
 
 
 def test_two_commands_share_the_runs(grid, tmp_path, capsys):
-    with reproduce.FileLock(tmp_path / "out/cpu/text.ab.6.s1.lock"):
+    its = reproduce.make_runs("cpu", ("ab",), ("text",), 1, 0, tmp_path / "out")[0]
+    with reproduce.FileLock(f"{its.config.out}.lock"):
         reproduce.main([*grid, "--only", "ab"])
     assert list(logs_of(tmp_path)) == ["text.ab.6.s2.jsonl"]
     assert "another process is at it" in capsys.readouterr().out
