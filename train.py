@@ -115,6 +115,15 @@ class TrainConfig:
 
 PRESETS = {
     "quick": TrainConfig(),
+    # As many parameters as seven layers of softmax have, with a feed-forward network just as wide:
+    # what HSM's layers save is two more layers. The best of the grid (results/README.md).
+    "deep": TrainConfig(
+        model=shape(n_layer=9, proj=False, d_ff=256),
+        out="out/deep",
+        steps=4000,
+        lr=4e-3,
+        eval_interval=400,
+    ),
     "shakespeare": TrainConfig(
         model=shape(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         out="out/shakespeare",

@@ -63,7 +63,7 @@ class Model:
 
     about: str
     fields: dict  # of GPTConfig
-    lr: float = 8e-3  # the best of the sweep (CPU scale)
+    lr: float = 4e-3  # the best of the sweep (CPU scale)
     more: object = None  # more fields, a function of the base's shape and the seed
 
     def config(self, base, seed):
@@ -153,7 +153,11 @@ SCALES = {
         (*tables.BASELINES, "hybrid-deep"),  # 18 runs, to fit in 25 minutes of an H100
     ),
     "sweep": Scale(  # of the learning rate, in the place of corpora
-        {f"lr-{lr}": replace(CPU, lr=lr) for lr in (0.002, 0.004, 0.008)},
+        {
+            f"{corpus}-lr-{lr}": replace(CPU, data=f"data/{data}", lr=lr)
+            for corpus, data in (("shakespeare", "shakespeare_char"), ("stdlib", "stdlib_byte"))
+            for lr in (0.002, 0.004, 0.008)
+        },
         (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "hybrid-deep"),
         seeds=1,
     ),

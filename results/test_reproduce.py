@@ -310,17 +310,24 @@ def test_the_chosen_learning_rates_are_the_sweeps_lowest():
 
 def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp_path, monkeypatch):
     reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
-    base = reproduce.SCALES["cpu"].corpora["text"]
-    rates = {f"lr-{lr}": replace(base, lr=lr) for lr in (base.lr, base.lr / 2)}
+    base, lr = reproduce.SCALES["cpu"].corpora["text"], reproduce.MODELS["ab"].lr
+    rates = {f"text-lr-{lr}": replace(base, lr=lr) for lr in (lr, lr / 2)}
     sweep = reproduce.Scale(rates, ("ab",), seeds=1)
     monkeypatch.setattr(reproduce, "SCALES", {**reproduce.SCALES, "sweep": sweep})
     trained = []
     train = reproduce.train
     monkeypatch.setattr(reproduce, "train", lambda c: trained.append(c.lr) or train(c))
     reproduce.main([*grid, "--scale", "sweep"])
-    assert trained == [base.lr / 2]
+    assert trained == [lr / 2]
     table = (tmp_path / "results/table.md").read_text(encoding="utf-8")
-    assert f"| model | lr-{base.lr} | lr-{base.lr / 2} |" in table
+    assert f"| corpus | model | {lr / 2} | {lr} |" in table
+    assert re.search(r"\| text \| ab \| (\*\*)?\d\.\d{4}(\*\*)? \| (\*\*)?\d", table)
+
+
+def test_the_deep_preset_is_the_grids_hybrid_deep():
+    (its,) = reproduce.make_runs("cpu", ("hybrid-deep",), ("shakespeare",), 1, 0, "out")
+    deep = reproduce.Run("cpu", "shakespeare", "hybrid-deep", 1, reproduce.PRESETS["deep"])
+    assert deep.describe() == its.describe()
 
 
 def test_intervals_are_students():
