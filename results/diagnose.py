@@ -34,7 +34,7 @@ from hsm import GPT, BadInput, GPTConfig, load_checkpoint, model_from  # noqa: E
 from prepare_data import parse, run  # noqa: E402
 from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
 
-TRAINED = ("softmax-learned", "softmax-rope", "ab", "hybrid-deep")
+TRAINED = ("softmax-learned", "softmax-rope", "ab-deep", "hybrid-deep")
 CPU = torch.device("cpu")
 
 

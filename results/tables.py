@@ -191,6 +191,7 @@ STYLES = {  # colours that colour-blind eyes tell apart
     "softmax-learned": ("#000000", "--"),
     "softmax-rope": ("#000000", "-"),
     "ab": ("#0072b2", "-"),
+    "ab-deep": ("#56b4e9", "-"),
     "hybrid-3rd": ("#e69f00", "-"),
     "hybrid-deep": ("#d55e00", "-"),
 }
