@@ -1575,7 +1575,7 @@ def refused(capsys, module, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["quik"], "quik.*quick, shakespeare, tinystories, openwebtext"),
+        (["quik"], "quik.*quick, deep, shakespeare, tinystories, openwebtext"),
         (["--mixers", "abc"], "unknown mixer 'abc'.*ab, vec, matrix.*softmax"),
         (["--n-layr", "5"], "--n-layr.*Perhaps.*--n-layer"),
         (["--n_layr", "5"], "--n_layr.*Perhaps.*--n-layer"),

@@ -87,7 +87,7 @@ RUNS = [
 
 
 def measure(mixer, change, fields, shape):
-    """Train the quick preset with these changes; returns the rows of its evaluations."""
+    """Train the quick preset with these changes; its last evaluation, or None if it was stopped."""
 
     def build(config):
         model = GPT(config)
@@ -102,7 +102,8 @@ def measure(mixer, change, fields, shape):
             quick = trainer.PRESETS["quick"]
             model = replace(quick.model, mixers=mixer, **shape)
             run = {"steps": STEPS, "eval_interval": STEPS, "sample_tokens": 0, "device": "cpu"}
-            return trainer.train(replace(quick, model=model, out=out, **run | fields)).history
+            result = trainer.train(replace(quick, model=model, out=out, **run | fields))
+            return None if result.stopped_by else result.history[-1]
     finally:
         trainer.GPT = GPT
 
@@ -123,7 +124,9 @@ def main():
         return
     for mixer, what, *rest in RUNS:
         if (mixer, what) not in read_log():
-            last = measure(mixer, *rest)[-1]
+            last = measure(mixer, *rest)
+            if last is None:
+                break
             row = {"mixer": mixer, "change": what, "torch": torch.__version__, "seed": 1} | last
             with open(LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

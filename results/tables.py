@@ -190,6 +190,7 @@ def between_marks(text, name, lines):
 STYLES = {  # colours that colour-blind eyes tell apart
     "softmax-learned": ("#000000", "--"),
     "softmax-rope": ("#000000", "-"),
+    "softmax-deep": ("#8c8c8c", "-"),
     "ab": ("#0072b2", "-"),
     "ab-deep": ("#56b4e9", "-"),
     "hybrid-3rd": ("#e69f00", "-"),
