@@ -610,7 +610,7 @@ def decode_table(rows):
     if any(row.get("graph") for row in rows):
         text += "\n\nA token is one CUDA graph."
     for name, title in (("hsm", "HSM"), ("softmax", "softmax")):
-        ways = {row["steps"][name] for row in rows if len(row.get("steps", ())) == 2}
+        ways = {row.get("steps", {}).get(name) for row in rows} - {None}
         if ways and not any(row.get("graph") for row in rows):
             text += f"\n\nThe fastest step for {title}: {', '.join(sorted(ways))}."
     for batch in sorted({row["batch"] for row in rows}):
