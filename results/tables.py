@@ -219,7 +219,7 @@ def finish(axes, logs):
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:.3g}")
     lines = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
-    axes[0, 0].figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
+    axes[0, 0].figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
 
 
 def draw_curves(logs, figure, about):
