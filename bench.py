@@ -609,10 +609,11 @@ def decode_table(rows):
     text = table(head, lines)
     if any(row.get("graph") for row in rows):
         text += "\n\nA token is one CUDA graph."
-    for name, title in (("hsm", "HSM"), ("softmax", "softmax")):
-        ways = {row.get("steps", {}).get(name) for row in rows} - {None}
-        if ways and not any(row.get("graph") for row in rows):
-            text += f"\n\nThe fastest step for {title}: {', '.join(sorted(ways))}."
+    else:
+        for name, title in (("hsm", "HSM"), ("softmax", "softmax")):
+            ways = {row.get("steps", {}).get(name) for row in rows} - {None}
+            if ways:
+                text += f"\n\nThe fastest step for {title}: {', '.join(sorted(ways))}."
     for batch in sorted({row["batch"] for row in rows}):
         ends = [row for row in rows if row["batch"] == batch and row["seconds"]["hsm"]]
         if len(ends) > 1:

@@ -2,7 +2,7 @@
 
     model.generate(...)              takes it by itself on CUDA
     Decoder(model, cache, max_len)   the same from Python, on any device
-    Decoder(torch.compile(model), cache)   for long texts on a CPU: half a minute to compile, then
+    Decoder(torch.compile(model), cache)   for long texts on a CPU: compiling takes a while, then
                                            HSM's tokens come faster (results/bench.md)
 
 Why? A token of a small model is hundreds of kernels of a few microseconds, and Python takes longer

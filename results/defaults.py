@@ -17,6 +17,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train as trainer  # noqa: E402
+from hsm import residual_scale  # noqa: E402
 
 LOG = HERE / "logs" / "defaults.jsonl"
 STEPS = 300
@@ -29,7 +30,7 @@ def every(std):
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 adds = name.endswith(("mixer.proj.weight", "down.weight"))
-                weight.normal_(std=std / (2 * model.config.n_layer) ** 0.5 if adds else std)
+                weight.normal_(std=std * residual_scale(model.config) if adds else std)
 
     return change
 
