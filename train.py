@@ -118,7 +118,7 @@ PRESETS = {
     # As many parameters as seven layers of softmax have, with a feed-forward network just as wide:
     # what HSM's layers save is two more layers. The best of the grid (results/README.md).
     "deep": TrainConfig(
-        model=shape(n_layer=9, proj=False, d_ff=256),
+        model=shape(n_layer=9, mixers="vec,vec,softmax", proj=False, d_ff=256),
         out="out/deep",
         steps=4000,
         lr=4e-3,

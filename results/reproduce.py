@@ -3,6 +3,7 @@
     python results/reproduce.py --list           what there is to train, and what is done
     python results/reproduce.py                  train what is missing: many hours (README.md here)
     python results/reproduce.py --only ab,softmax-rope --corpora shakespeare
+    python results/reproduce.py --scale tried    what was tried beside the best hybrid, one seed
     python results/reproduce.py --table-only     from the logs alone: table.md, README, pictures
 
 A run is one call of train.py's train(). At its end its curve goes to logs/SCALE/RUN.jsonl: a line
@@ -95,13 +96,9 @@ MODELS = {
     "hybrid-last": Model("ab, the last layer softmax", {"mixers": LAST}),
     "hybrid-2nd": Model("ab, every second layer softmax", {"mixers": "ab,softmax"}),
     "hybrid-3rd": Model("ab, every third layer softmax", {"mixers": "ab,ab,softmax"}),
-    "hybrid-in": Model(
-        "vec after a linear map, every third layer softmax",
-        {"mixers": "vec,vec,softmax", "in_proj": True},
-    ),
     "hybrid-deep": Model(
-        "ab without projection but more layers, every third softmax",
-        {"mixers": "ab,ab,softmax", "proj": False},
+        "vec without projection but more layers, every third softmax",
+        {"mixers": "vec,vec,softmax", "proj": False},
         more=partial(deeper, layers=9, every=3),
     ),
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
@@ -114,13 +111,35 @@ MODELS = {
         "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
     ),
     "ab-ones": Model("ab, each shift 1", {"mixers": "ab", "shifts": "1"}),
-    "ab-deep": Model(
-        "ab without projection but more layers",
-        {"mixers": "ab", "proj": False},
+    "vec-deep": Model(
+        "vec without projection but more layers",
+        {"mixers": "vec", "proj": False},
         more=partial(deeper, layers=10, every=0),
     ),
     "ab-4C": Model("ab, feed-forward 4 C wide: fewer parameters", {"mixers": "ab", "d_ff": 256}),
 }
+TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each differs from them
+    "ab-deep": Model(
+        "vec-deep with ab",
+        {"mixers": "ab", "proj": False},
+        more=partial(deeper, layers=10, every=0),
+    ),
+    "hybrid-ab": Model(
+        "hybrid-deep with ab",
+        {"mixers": "ab,ab,softmax", "proj": False},
+        more=partial(deeper, layers=9, every=3),
+    ),
+    "hybrid-ab-12": Model(
+        "hybrid-deep with ab, 12 layers",
+        {"mixers": "ab,ab,softmax", "proj": False},
+        more=partial(deeper, layers=12, every=3),
+    ),
+    "hybrid-in": Model(
+        "hybrid-deep with a linear map before the delay",
+        {"mixers": "vec,vec,softmax", "proj": False, "in_proj": True, "n_layer": 9, "d_ff": 235},
+    ),
+}
+MODELS |= TRIED
 CPU = replace(
     PRESETS["quick"], steps=4000, eval_interval=400, sample_tokens=0, device="cpu", dtype="float32"
 )
@@ -136,15 +155,14 @@ class Scale:
     seeds: int = 3
 
 
+CORPORA = {
+    "shakespeare": replace(CPU, data="data/shakespeare_char"),
+    "stdlib": replace(CPU, data="data/stdlib_byte"),
+    "tinystories": replace(CPU, data="data/tinystories_sample"),
+}
 SCALES = {
-    "cpu": Scale(
-        {
-            "shakespeare": replace(CPU, data="data/shakespeare_char"),
-            "stdlib": replace(CPU, data="data/stdlib_byte"),
-            "tinystories": replace(CPU, data="data/tinystories_sample"),
-        },
-        tuple(MODELS),
-    ),
+    "cpu": Scale(CORPORA, tuple(name for name in MODELS if name not in TRIED)),
+    "tried": Scale(CORPORA, tuple(TRIED), seeds=1),
     "gpu": Scale(
         {
             "shakespeare": replace(PRESETS["shakespeare"], **GPU),
@@ -158,7 +176,7 @@ SCALES = {
             for corpus, data in (("shakespeare", "shakespeare_char"), ("stdlib", "stdlib_byte"))
             for lr in (0.002, 0.004, 0.008)
         },
-        (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "hybrid-deep"),
+        (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "vec-deep", "hybrid-deep", "hybrid-ab"),
         seeds=1,
     ),
 }
@@ -231,7 +249,7 @@ def make_runs(scale, models, corpora, seeds, steps, out):
                 base, model = SCALES[scale].corpora[corpus], MODELS[name]
                 n = steps or base.steps
                 shape = model.config(base.model, seed)
-                lr = model.lr if scale == "cpu" else base.lr
+                lr = model.lr if scale in ("cpu", "tried") else base.lr
                 interval = min(base.eval_interval, n)
                 config = replace(base, model=shape, seed=seed, steps=n, lr=lr)
                 config = replace(config, eval_interval=interval)
@@ -377,7 +395,7 @@ same order; below 0 is better than the baseline. In brackets: parameters beside 
 class ReproduceConfig:
     """What the command line takes."""
 
-    scale: Literal["cpu", "gpu", "sweep"] = "cpu"  # 0.35M parameters; 10M or more; learning rates
+    scale: Literal["cpu", "tried", "gpu", "sweep"] = "cpu"  # 0.35M parameters, twice; 10M; rates
     only: str = ""  # names of models, comma-separated; --list shows them
     corpora: str = ""  # names of corpora, comma-separated
     seeds: int = 0  # seeds 1 .. N; 0: the scale's own number
@@ -454,9 +472,12 @@ def write_tables(folder):
             lines += [f"## {scale} scale", "", "Not yet run.", ""]
         elif scale == "sweep":
             lines += tables.sweep_section(logs, about)
+        elif scale == "tried":
+            lines += tables.tried_section(logs, read_logs("cpu", folder / "logs"), about)
         else:
             for corpus, models in logs.items():
-                lines += tables.corpus_section(scale, corpus, models, about)
+                title = f"{corpus}, {scale} scale"
+                lines += tables.corpus_section(title, models, about)
             claims += tables.claims_table(logs, about)
             for name in ("curves", "compute"):
                 draw = partial(getattr(tables, f"draw_{name}"), about=about)

@@ -108,14 +108,14 @@ def corpus_table(models, about):
     return lines
 
 
-def corpus_section(scale, corpus, models, about):
+def corpus_section(title, models, about):
     """A heading, what was run on what, and the table."""
     heads = [head for its in models.values() for head, _ in its.values()]
     usual = min(heads, key=lambda head: head["model"]["n_layer"])
     model, train = usual["model"], usual["train"]
     devices, versions = ({head[key] for head in heads} for key in ("device", "torch"))
     return [
-        f"## {corpus}, {scale} scale",
+        f"## {title}",
         "",
         f"{model['n_layer']} layers, {model['n_embd']} wide, T = {model['block_size']}, batch "
         f"{train['batch_size']}, {train['steps']:,} steps; {len(heads)} runs on "
@@ -124,6 +124,21 @@ def corpus_section(scale, corpus, models, about):
         *corpus_table(models, about),
         "",
     ]
+
+
+def tried_section(logs, grid, about):
+    """What was tried on one seed, beside the grid's rows that it is to be compared with."""
+    lines = []
+    for corpus, models in logs.items():
+        seeds = {seed for its in models.values() for seed in its}
+        beside = {
+            name: {seed: log for seed, log in its.items() if seed in seeds}
+            for name, its in grid.get(corpus, {}).items()
+            if name in (*BASELINES, "vec-deep", "hybrid-deep")
+        }
+        every = {**models, **{name: its for name, its in beside.items() if its}}
+        lines += corpus_section(f"Tried on {corpus}", every, about)
+    return lines
 
 
 def sweep_section(logs, about):
@@ -192,7 +207,7 @@ STYLES = {  # colours that colour-blind eyes tell apart
     "softmax-rope": ("#000000", "-"),
     "softmax-deep": ("#8c8c8c", "-"),
     "ab": ("#0072b2", "-"),
-    "ab-deep": ("#56b4e9", "-"),
+    "vec-deep": ("#56b4e9", "-"),
     "hybrid-3rd": ("#e69f00", "-"),
     "hybrid-deep": ("#d55e00", "-"),
 }

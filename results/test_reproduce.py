@@ -283,7 +283,7 @@ def test_every_model_of_the_grid_has_the_baselines_parameters_within_one_percent
         for corpus, base in its.corpora.items():
             shapes = {
                 name: replace(reproduce.MODELS[name].config(base.model, 1), vocab_size=65)
-                for name in its.models
+                for name in (*its.models, "softmax-rope")
             }
             with torch.device("meta"):
                 sizes = {name: GPT(shape).num_params() for name, shape in shapes.items()}
@@ -325,6 +325,20 @@ def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp
     table = (tmp_path / "results/table.md").read_text(encoding="utf-8")
     assert f"| corpus | model | {lr / 2} | {lr} |" in table
     assert re.search(r"\| text \| ab \| (\*\*)?\d\.\d{4}(\*\*)? \| (\*\*)?\d", table)
+
+
+def test_what_was_tried_stands_beside_the_grids_rows_of_its_seed(grid, tmp_path, monkeypatch):
+    its = reproduce.SCALES["cpu"]
+    both = {"cpu": its, "tried": reproduce.Scale(its.corpora, ("ab-deep",), seeds=1)}
+    monkeypatch.setattr(reproduce, "SCALES", both)
+    reproduce.main([*grid, "--only", "softmax-rope"])
+    reproduce.main([*grid, "--scale", "tried"])
+    text = (tmp_path / "results/table.md").read_text(encoding="utf-8")
+    grids, tried = text.split("## Tried on text")
+    rows = [row.split(" | ") for row in tried.splitlines() if row.startswith("| `")]
+    assert sorted(row[0] for row in rows) == ["| `ab-deep`", "| `softmax-rope`"]
+    assert all(row[3] == "1" for row in rows)
+    assert "ab-deep" not in grids and " | 2 | " in grids
 
 
 def test_the_deep_preset_is_the_grids_hybrid_deep():
