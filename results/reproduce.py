@@ -138,6 +138,21 @@ TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each diffe
         "hybrid-deep with a linear map before the delay",
         {"mixers": "vec,vec,softmax", "proj": False, "in_proj": True, "n_layer": 9, "d_ff": 235},
     ),
+    "hybrid-5th": Model(
+        "hybrid-deep with 10 layers, every fifth softmax",
+        {"mixers": "vec,vec,vec,vec,softmax", "proj": False},
+        more=partial(deeper, layers=10, every=5),
+    ),
+    "hybrid-8": Model(
+        "hybrid-deep with 8 heads",
+        {"mixers": "vec,vec,softmax", "proj": False, "n_head": 8},
+        more=partial(deeper, layers=9, every=3),
+    ),
+    "vec-deep-8": Model(
+        "vec-deep with 8 heads",
+        {"mixers": "vec", "proj": False, "n_head": 8},
+        more=partial(deeper, layers=10, every=0),
+    ),
 }
 MODELS |= TRIED
 CPU = replace(
