@@ -141,3 +141,23 @@ def test_the_committed_pictures_are_those_of_the_committed_logs(tmp_path):
             digest = new[new.index(b"Description") + 12 :][:64]
             assert digest in old, name
             (tmp_path / "new.png").unlink()
+
+
+def test_the_readmes_figures_of_recall_are_the_logs():
+    last = {
+        (row["size"], row["model"]): row
+        for row in diagnose.read_rows("recall", HERE / "logs" / "diagnose")
+        if row["seed"] == 1
+    }
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    for size in diagnose.TASKS["recall"].sizes:
+        cells = next(row for row in page.splitlines() if row.startswith(f"| {size} | ")).split(
+            " | "
+        )
+        for text, model in zip(cells[1:], ("softmax-rope", "ab", "mult", "hybrid"), strict=True):
+            row = last[size, model]
+            assert f"{row['accuracy']:.3f}" in text, (size, model)
+            if row["accuracy"] > 0.999:
+                assert f"after {row['step']:,}" in text, (size, model)
+            else:
+                assert row["step"] == diagnose.TASKS["recall"].steps and "after" not in text
