@@ -174,13 +174,13 @@ def claims_table(logs, about):
     head = ("corpus", "model", "seeds", "loss, nats a token", *OVER)
     lines = [line(*head), rule(len(head))]
     for corpus, models in logs.items():
-        most = max(len(its) for its in models.values())
         pure, hybrid = [], []
         for name, its in models.items():
             mixers = set(next(iter(its.values()))[0]["model"]["mixers"].split(","))
-            if mixers != {"softmax"} and len(its) == most:  # a lucky single seed is no winner
-                (hybrid if "softmax" in mixers else pure).append((mean_loss(its), name))
-        best = [min(kind)[1] for kind in (pure, hybrid) if kind]
+            if mixers != {"softmax"}:  # most seeds first: a lucky single one is no winner
+                kind = hybrid if "softmax" in mixers else pure
+                kind.append((-len(its), mean_loss(its), name))
+        best = [min(kind)[-1] for kind in (pure, hybrid) if kind]
         for name in (*(b for b in (*BASELINES, "softmax-deep") if b in models), *best):
             its = models[name]
             loss = cell(list(last_losses(its).values()), ".4f")

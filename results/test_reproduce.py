@@ -327,6 +327,24 @@ def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp
     assert re.search(r"\| text \| ab \| (\*\*)?\d\.\d{4}(\*\*)? \| (\*\*)?\d", table)
 
 
+def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_seeds():
+    def runs(mixers, *losses):
+        head = {"model": {"mixers": mixers}}
+        return {seed: (head, [{"val_loss": loss}]) for seed, loss in enumerate(losses, start=1)}
+
+    models = {
+        "softmax-rope": runs("softmax", 1.5, 1.6, 1.7),
+        "lucky": runs("ab", 1.0),
+        "pure": runs("ab", 1.55, 1.65, 1.8),
+        "worse": runs("vec", 1.6, 1.7, 1.9),
+        "mixed": runs("vec,softmax", 1.4),  # the only one of its kind
+    }
+    rows = tables.claims_table({"text": models}, {name: name for name in models})[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["softmax-rope", "pure", "mixed"]
+    assert [row.split(" | ")[2] for row in rows] == ["3", "3", "1"]
+    assert "| -6.67 |" in rows[2]  # 1.4 against 1.5, the same seed's, not against the mean
+
+
 def test_what_was_tried_stands_beside_the_grids_rows_of_its_seed(grid, tmp_path, monkeypatch):
     its = reproduce.SCALES["cpu"]
     both = {"cpu": its, "tried": reproduce.Scale(its.corpora, ("ab-deep",), seeds=1)}
