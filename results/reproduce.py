@@ -410,7 +410,8 @@ same order; below 0 is better than the baseline. In brackets: parameters beside 
 class ReproduceConfig:
     """What the command line takes."""
 
-    scale: Literal["cpu", "tried", "gpu", "sweep"] = "cpu"  # 0.35M parameters, twice; 10M; rates
+    # The grid; what else was tried, on one seed; 10M parameters or more; learning rates.
+    scale: Literal["cpu", "tried", "gpu", "sweep"] = "cpu"
     only: str = ""  # names of models, comma-separated; --list shows them
     corpora: str = ""  # names of corpora, comma-separated
     seeds: int = 0  # seeds 1 .. N; 0: the scale's own number
