@@ -72,6 +72,14 @@ class Model:
         return replace(base, **self.fields, **more)
 
 
+def deep(about, mixers, layers, **fields):
+    """A row with more layers, without projection; of the mixers, tiled, softmax may be the last."""
+    names = mixers.split(",")
+    every = len(names) if "softmax" in names else 0
+    fields = {"mixers": mixers, "proj": False, **fields}
+    return Model(about, fields, more=partial(deeper, layers=layers, every=every))
+
+
 MIDDLE = "ab,ab,ab,softmax,ab,ab,ab"
 LAST = "ab,ab,ab,ab,ab,ab,softmax"
 MODELS = {
@@ -80,10 +88,11 @@ MODELS = {
         {"mixers": "softmax", "pos_emb": "learned"},
     ),
     "softmax-rope": Model("softmax, rotary positions", {"mixers": "softmax"}),
-    "softmax-deep": Model(
+    "softmax-deep": deep(
         "softmax, rotary positions, more layers and a narrower feed-forward",
-        {"mixers": "softmax"},
-        more=partial(deeper, layers=9, every=1),
+        "softmax",
+        layers=9,
+        proj=True,
     ),
     "ab": Model("ab", {"mixers": "ab"}),
     "vec": Model("vec", {"mixers": "vec"}),
@@ -96,10 +105,8 @@ MODELS = {
     "hybrid-last": Model("ab, the last layer softmax", {"mixers": LAST}),
     "hybrid-2nd": Model("ab, every second layer softmax", {"mixers": "ab,softmax"}),
     "hybrid-3rd": Model("ab, every third layer softmax", {"mixers": "ab,ab,softmax"}),
-    "hybrid-deep": Model(
-        "vec without projection but more layers, every third softmax",
-        {"mixers": "vec,vec,softmax", "proj": False},
-        more=partial(deeper, layers=9, every=3),
+    "hybrid-deep": deep(
+        "vec without projection but more layers, every third softmax", "vec,vec,softmax", layers=9
     ),
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-random": Model(
@@ -111,48 +118,22 @@ MODELS = {
         "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
     ),
     "ab-ones": Model("ab, each shift 1", {"mixers": "ab", "shifts": "1"}),
-    "vec-deep": Model(
-        "vec without projection but more layers",
-        {"mixers": "vec", "proj": False},
-        more=partial(deeper, layers=10, every=0),
-    ),
+    "vec-deep": deep("vec without projection but more layers", "vec", layers=10),
     "ab-4C": Model("ab, feed-forward 4 C wide: fewer parameters", {"mixers": "ab", "d_ff": 256}),
 }
 TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each differs from them
-    "ab-deep": Model(
-        "vec-deep with ab",
-        {"mixers": "ab", "proj": False},
-        more=partial(deeper, layers=10, every=0),
-    ),
-    "hybrid-ab": Model(
-        "hybrid-deep with ab",
-        {"mixers": "ab,ab,softmax", "proj": False},
-        more=partial(deeper, layers=9, every=3),
-    ),
-    "hybrid-ab-12": Model(
-        "hybrid-deep with ab, 12 layers",
-        {"mixers": "ab,ab,softmax", "proj": False},
-        more=partial(deeper, layers=12, every=3),
-    ),
+    "ab-deep": deep("vec-deep with ab", "ab", layers=10),
+    "hybrid-ab": deep("hybrid-deep with ab", "ab,ab,softmax", layers=9),
+    "hybrid-ab-12": deep("hybrid-deep with ab, 12 layers", "ab,ab,softmax", layers=12),
     "hybrid-in": Model(
         "hybrid-deep with a linear map before the delay",
         {"mixers": "vec,vec,softmax", "proj": False, "in_proj": True, "n_layer": 9, "d_ff": 235},
     ),
-    "hybrid-5th": Model(
-        "hybrid-deep with 10 layers, every fifth softmax",
-        {"mixers": "vec,vec,vec,vec,softmax", "proj": False},
-        more=partial(deeper, layers=10, every=5),
+    "hybrid-5th": deep(
+        "hybrid-deep with 10 layers, every fifth softmax", "vec,vec,vec,vec,softmax", layers=10
     ),
-    "hybrid-8": Model(
-        "hybrid-deep with 8 heads",
-        {"mixers": "vec,vec,softmax", "proj": False, "n_head": 8},
-        more=partial(deeper, layers=9, every=3),
-    ),
-    "vec-deep-8": Model(
-        "vec-deep with 8 heads",
-        {"mixers": "vec", "proj": False, "n_head": 8},
-        more=partial(deeper, layers=10, every=0),
-    ),
+    "hybrid-8": deep("hybrid-deep with 8 heads", "vec,vec,softmax", layers=9, n_head=8),
+    "vec-deep-8": deep("vec-deep with 8 heads", "vec", layers=10, n_head=8),
 }
 MODELS |= TRIED
 CPU = replace(
@@ -399,10 +380,11 @@ def is_of(run, model, train):
 
 HEAD = """# The grid
 
-Written by `python results/reproduce.py --table-only` from the logs in logs/cpu, logs/gpu and
-logs/sweep. Losses are those of the last step, over the validation text: mean ± half of the 95%
-interval over seeds (Student's t). Differences are paired, seed by seed, with the same data in the
-same order; below 0 is better than the baseline. In brackets: parameters beside the baseline's.
+Written by `python results/reproduce.py --table-only` from the logs in logs/cpu, logs/tried,
+logs/gpu and logs/sweep. Losses are those of the last step, over the validation text: mean ± half of
+the 95% interval over seeds (Student's t). Differences are paired, seed by seed, with the same data
+in the same order; below 0 is better than the baseline. In brackets: parameters beside the
+baseline's.
 """
 
 
@@ -482,14 +464,14 @@ def write_tables(folder):
     """table.md, pictures and the README's table, of all scales, from the logs in folder/logs."""
     folder, about = Path(folder), {name: model.about for name, model in MODELS.items()}
     lines, claims = [], []
-    for scale in SCALES:
-        logs = read_logs(scale, folder / "logs")
+    every = {scale: read_logs(scale, folder / "logs") for scale in SCALES}
+    for scale, logs in every.items():
         if not logs:
             lines += [f"## {scale} scale", "", "Not yet run.", ""]
         elif scale == "sweep":
             lines += tables.sweep_section(logs, about)
         elif scale == "tried":
-            lines += tables.tried_section(logs, read_logs("cpu", folder / "logs"), about)
+            lines += tables.tried_section(logs, every["cpu"], about)
         else:
             for corpus, models in logs.items():
                 title = f"{corpus}, {scale} scale"
