@@ -282,7 +282,7 @@ def draw_positions(rows, figure):
 def draw_taps(rows, figure):
     """How much higher the loss is without a tap, and without all of a shift or more. Seed 1."""
     rows = [row for row in rows if row["seed"] == 1]
-    panels = figure.subplots(1, 3, width_ratios=(4, 1.6, 4))
+    panels = figure.subplots(1, 3, width_ratios=(3, 3, 4))
     for panel, name in zip(panels, ("ab", "ab-layer"), strict=False):
         its = [row for row in rows if row["model"] == name]
         whole = next(row["loss"] for row in its if row["kind"] == "none")
