@@ -232,7 +232,9 @@ class GPTConfig:
     n_head: int = 4  # heads: slices of the channels with their own shift or attention
     n_embd: int = 64  # width C
     mixers: str = "ab"  # names, tiled over the layers and cut at the last: "ab", "ab,ab,softmax"
-    shifts: str = "heads"  # "layer" (2^j in the j-th HSM layer), "heads" (2^(j+h)), or "1,2,4,8"
+    # "layer" (2^j in the j-th HSM layer), "heads" (2^(j+h) in head h), or a list, "1,2,4,8", tiled
+    # over the HSM layers; "1+2+4+8" names the heads' of a layer
+    shifts: str = "heads"
     proj: bool = True  # linear map after the pair function
     in_proj: bool = False  # linear map before the delay
     d_ff: int = 0  # feed-forward width; 0: as many parameters as a softmax layer with 4 n_embd
@@ -282,14 +284,17 @@ class GPTConfig:
         if self.shifts == "heads":
             return tuple(2 ** ((j + h) % K) for h in range(self.n_head))
         try:
-            ladder = [int(s) for s in self.shifts.split(",")]
+            ladder = [tuple(map(int, rung.split("+"))) for rung in self.shifts.split(",")]
         except ValueError:
-            ladder = []
-        if not ladder or min(ladder) < 1 or max(ladder) > LARGEST["block_size"]:
-            raise BadInput(
-                f"shifts must be layer, heads, or numbers from 1 like 1,2,4,8; not {self.shifts!r}"
-            )
-        return (ladder[j % len(ladder)],)
+            ladder = [()]
+        longest = LARGEST["block_size"]
+        for rung in ladder:
+            if len(rung) not in (1, self.n_head) or not 1 <= min(rung) <= max(rung) <= longest:
+                raise BadInput(
+                    "shifts must be layer, heads, or numbers from 1: a layer each like 1,2,4,8, or "
+                    f"a head each ({self.n_head} of them), joined by +; not {self.shifts!r}"
+                )
+        return ladder[j % len(ladder)]
 
 
 # ------------------------------------------------------------------------------------------------

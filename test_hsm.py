@@ -155,7 +155,7 @@ def test_gradients_reach_every_earlier_token_in_reach_and_no_later_one(mixers):
 STREAMS = [
     {},
     {"shifts": "layer"},
-    {"shifts": "3,1,7"},
+    {"shifts": "3,1+7"},
     {"proj": False},
     {"in_proj": True},
     {"n_head": 4, "bias": True},
@@ -571,6 +571,7 @@ def paths_by_gradient(config):
         {"shifts": "heads"},
         {"shifts": "heads", "n_head": 4, "n_layer": 5},
         {"shifts": "1,3,3,10", "n_layer": 5},
+        {"shifts": "1+3,2+5,7", "n_layer": 4},
     ],
 )
 def test_receptive_field_equals_what_autograd_sees_on_a_linear_model(fields):
@@ -625,6 +626,8 @@ def test_head_shifts_are_2_to_the_j_plus_h():
 def test_explicit_shifts_tile_over_the_hsm_layers():
     config = GPTConfig(n_layer=5, mixers="ab,ab,softmax", shifts="5,1,2")
     assert [s for _, s in config.layers] == [(5,), (1,), (), (2,), (5,)]
+    config = GPTConfig(n_layer=4, n_head=2, mixers="ab,ab,softmax", shifts="5+1,2")
+    assert [s for _, s in config.layers] == [(5, 1), (2,), (), (5, 1)]
 
 
 @pytest.mark.parametrize(
@@ -638,6 +641,10 @@ def test_explicit_shifts_tile_over_the_hsm_layers():
         ({"shifts": ""}, "shifts"),
         ({"shifts": "0,1"}, "from 1"),
         ({"shifts": "-1"}, "from 1"),
+        ({"shifts": "1+2"}, "a head each .4 of them"),
+        ({"shifts": "1+2+4+"}, "1.2.4."),
+        ({"shifts": "1+2+4+0"}, "from 1"),
+        ({"shifts": "99999999"}, "99999999"),
         ({"n_embd": 30}, "multiple of n_head"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"block_size": 0}, "block_size must be at least 1"),
@@ -1974,6 +1981,7 @@ configurations = st.fixed_dictionaries(
         "shifts": st.one_of(
             st.sampled_from(["layer", "heads", "", "1,", "x"]),
             st.lists(numbers, min_size=1, max_size=3).map(lambda s: ",".join(map(str, s))),
+            st.lists(numbers, min_size=2, max_size=3).map(lambda s: "+".join(map(str, s))),
         ),
         "proj": st.booleans(),
         "in_proj": st.booleans(),

@@ -133,6 +133,15 @@ TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each diffe
         "hybrid-deep with 10 layers, every fifth softmax", "vec,vec,vec,vec,softmax", layers=10
     ),
     "hybrid-8": deep("hybrid-deep with 8 heads", "vec,vec,softmax", layers=9, n_head=8),
+    "hybrid-short": deep(
+        "hybrid-deep with shifts 1, 2, 4, 8 in each layer",
+        "vec,vec,softmax",
+        layers=9,
+        shifts="1+2+4+8",
+    ),
+    "vec-deep-short": deep(
+        "vec-deep with shifts 1, 2, 4, 8 in each layer", "vec", layers=10, shifts="1+2+4+8"
+    ),
     "vec-deep-8": deep("vec-deep with 8 heads", "vec", layers=10, n_head=8),
 }
 MODELS |= TRIED
