@@ -308,12 +308,13 @@ def test_the_chosen_learning_rates_are_the_sweeps_lowest():
     assert any(len(its) > 1 for its in losses.values())
     for (corpus, model), its in losses.items():
         if len(its) > 1:
-            assert min(its, key=its.get) == reproduce.MODELS[model].lr, (corpus, model)
+            assert min(its, key=its.get) == reproduce.CPU.lr, (corpus, model)
 
 
 def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp_path, monkeypatch):
     reproduce.main([*grid, "--only", "ab", "--seeds", "1"])
-    base, lr = reproduce.SCALES["cpu"].corpora["text"], reproduce.MODELS["ab"].lr
+    base = reproduce.SCALES["cpu"].corpora["text"]
+    lr = base.lr
     rates = {f"text-lr-{lr}": replace(base, lr=lr) for lr in (lr, lr / 2)}
     sweep = reproduce.Scale(rates, ("ab",), seeds=1)
     monkeypatch.setattr(reproduce, "SCALES", {**reproduce.SCALES, "sweep": sweep})
