@@ -161,3 +161,17 @@ def test_the_readmes_figures_of_recall_are_the_logs():
                 assert f"after {row['step']:,}" in text, (size, model)
             else:
                 assert row["step"] == diagnose.TASKS["recall"].steps and "after" not in text
+
+
+def test_the_readmes_figures_of_silent_taps_are_the_logs():
+    rows = diagnose.read_rows("taps", HERE / "logs" / "diagnose")
+    loss = {(r["model"], r["kind"], r["shift"]): r["loss"] for r in rows if r["kind"] != "one"}
+    page = " ".join((HERE.parent / "README.md").read_text(encoding="utf-8").split())
+    for model, words in (("ab", "`ab` goes"), ("ab-layer", "it goes")):
+        before, after = loss[model, "none", 0], loss[model, "from", 8]
+        assert f"{words} from {before:.3f} to {after:.3f}" in page
+    # How far back the taps that are left reach.
+    for model, left in (("ab", "leaves it 19 characters back"), ("ab-layer", "leaves seven")):
+        config = reproduce.MODELS[model].config(reproduce.CPU.model, 1)
+        reach = sum(max((s for s in its if s < 8), default=0) for _, its in config.layers)
+        assert (reach, left in page) == ({"ab": 19, "ab-layer": 7}[model], True)

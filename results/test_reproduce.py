@@ -328,6 +328,31 @@ def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp
     assert re.search(r"\| text \| ab \| (\*\*)?\d\.\d{4}(\*\*)? \| (\*\*)?\d", table)
 
 
+def test_the_readmes_sentences_on_claims_a_and_b_say_what_the_logs_say():
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    bullets = {text[:2]: " ".join(text.split()) for text in page.split("\n- ")}
+    logs = reproduce.read_logs("cpu", HERE / "logs")
+    for letter, name in (("A", "vec-deep"), ("B", "hybrid-deep")):
+        for corpus, models in logs.items():
+            over = tables.excess(models[name], models["softmax-rope"])
+            middle, half = tables.interval(over)
+            assert f"{abs(middle):.1f}%" in bullets[f"{letter}:"], (letter, corpus)
+            assert middle - half > 0 if letter == "A" else middle + half < 0
+    learned = {
+        corpus: tables.interval(tables.excess(models["vec-deep"], models["softmax-learned"]))
+        for corpus, models in logs.items()
+    }
+    for corpus, word in (("shakespeare", "better"), ("stdlib", "better"), ("tinystories", "worse")):
+        assert f"{abs(learned[corpus][0]):.1f}% {word}" in bullets["A:"], corpus
+    shakespeare = logs["shakespeare"]
+    over = tables.excess(shakespeare["hybrid-deep"], shakespeare["softmax-rope"])
+    for figure in (
+        f"mean is {-tables.mean(over):.3f}%",
+        f"{-max(over):.1f}% and {-min(over):.1f}%",
+    ):
+        assert figure in bullets["B:"]
+
+
 def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_seeds():
     def runs(mixers, *losses):
         head = {"model": {"mixers": mixers}}
