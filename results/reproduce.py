@@ -147,6 +147,7 @@ TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each diffe
         about="hybrid-deep with a weight decay of 0.4, not 0.1",
         train={"weight_decay": 0.4},
     ),
+    "vec-deep-dropout": deep("vec-deep with a dropout of 0.05", "vec", layers=10, dropout=0.05),
     "vec-deep-8": deep("vec-deep with 8 heads", "vec", layers=10, n_head=8),
 }
 MODELS |= TRIED
