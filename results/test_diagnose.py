@@ -167,11 +167,12 @@ def test_the_readmes_figures_of_silent_taps_are_the_logs():
     rows = diagnose.read_rows("taps", HERE / "logs" / "diagnose")
     loss = {(r["model"], r["kind"], r["shift"]): r["loss"] for r in rows if r["kind"] != "one"}
     page = " ".join((HERE.parent / "README.md").read_text(encoding="utf-8").split())
-    for model, words in (("ab", "`ab` goes"), ("ab-layer", "it goes")):
+    for model, goes, left, reach in (
+        ("ab", "`ab` goes", "leaves it 19 characters back", 19),
+        ("ab-layer", "it goes", "leaves seven", 7),
+    ):
         before, after = loss[model, "none", 0], loss[model, "from", 8]
-        assert f"{words} from {before:.3f} to {after:.3f}" in page
-    # How far back the taps that are left reach.
-    for model, left in (("ab", "leaves it 19 characters back"), ("ab-layer", "leaves seven")):
+        assert f"{goes} from {before:.3f} to {after:.3f}" in page and left in page
         config = reproduce.MODELS[model].config(reproduce.CPU.model, 1)
-        reach = sum(max((s for s in its if s < 8), default=0) for _, its in config.layers)
-        assert (reach, left in page) == ({"ab": 19, "ab-layer": 7}[model], True)
+        layers = [shifts for _, shifts in config.layers]
+        assert sum(max((s for s in its if s < 8), default=0) for its in layers) == reach
