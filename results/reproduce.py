@@ -80,6 +80,12 @@ def deep(about, mixers, layers, **fields):
     return Model(about, fields, more=partial(deeper, layers=layers, every=every))
 
 
+def pair_in(pair, **fields):
+    """Fields of a row with a linear map before the delay, too, and all shifts in each layer."""
+    return {"mixers": pair, "in_proj": True, "n_head": 8, **fields}
+
+
+SEVEN = ("ab", "vec", "matrix", "gate1", "gate2", "fusion", "mult")
 MIDDLE = "ab,ab,ab,softmax,ab,ab,ab"
 LAST = "ab,ab,ab,ab,ab,ab,softmax"
 MODELS = {
@@ -94,34 +100,46 @@ MODELS = {
         layers=9,
         proj=True,
     ),
-    "ab": Model("ab", {"mixers": "ab"}),
-    "vec": Model("vec", {"mixers": "vec"}),
-    "matrix": Model("matrix", {"mixers": "matrix"}),
-    "gate1": Model("gate1", {"mixers": "gate1"}),
-    "gate2": Model("gate2", {"mixers": "gate2"}),
-    "fusion": Model("fusion", {"mixers": "fusion"}),
-    "mult": Model("mult", {"mixers": "mult"}),
-    "hybrid-middle": Model("ab, the middle layer softmax", {"mixers": MIDDLE}),
-    "hybrid-last": Model("ab, the last layer softmax", {"mixers": LAST}),
-    "hybrid-2nd": Model("ab, every second layer softmax", {"mixers": "ab,softmax"}),
-    "hybrid-3rd": Model("ab, every third layer softmax", {"mixers": "ab,ab,softmax"}),
+    **{
+        f"{pair}-in": Model(f"{pair} between two linear maps, 8 heads", pair_in(pair))
+        for pair in SEVEN
+    },
+    "hybrid-middle": Model("ab-in, the middle layer softmax", pair_in(MIDDLE)),
+    "hybrid-last": Model("ab-in, the last layer softmax", pair_in(LAST)),
+    "hybrid-2nd": Model("ab-in, every second layer softmax", pair_in("ab,softmax")),
+    "hybrid-3rd": Model("ab-in, every third layer softmax", pair_in("ab,ab,softmax")),
     "hybrid-deep": deep(
         "vec without projection but more layers, every third softmax", "vec,vec,softmax", layers=9
     ),
-    "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
-    "ab-random": Model(
-        "ab, one random shift a layer, the same reach",
-        {"mixers": "ab"},
-        more=random_shifts,
+    "ab-in-layer": Model("ab-in, one shift a layer: 1, 2, 4 .. 64", pair_in("ab", shifts="layer")),
+    "ab-in-random": Model(
+        "ab-in, one random shift a layer, the same reach", pair_in("ab"), more=random_shifts
     ),
+    "ab-in-linear": Model(
+        "ab-in, one shift a layer: 1, 2, 3 .. 7", pair_in("ab", shifts="1,2,3,4,5,6,7")
+    ),
+    "ab-in-ones": Model("ab-in, each shift 1", pair_in("ab", shifts="1")),
+    "ab-in-4C": Model("ab-in, feed-forward 4 C wide: fewer parameters", pair_in("ab", d_ff=256)),
+    "vec-deep": deep("vec without projection but more layers", "vec", layers=10),
+}
+TRIED = {  # on the way to the rows above, on one seed: how each differs from them
+    **{pair: Model(f"{pair}, a linear map after it, 4 heads", {"mixers": pair}) for pair in SEVEN},
+    "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-linear": Model(
         "ab, one shift a layer: 1, 2, 3 .. 7", {"mixers": "ab", "shifts": "1,2,3,4,5,6,7"}
     ),
-    "ab-ones": Model("ab, each shift 1", {"mixers": "ab", "shifts": "1"}),
-    "vec-deep": deep("vec without projection but more layers", "vec", layers=10),
-    "ab-4C": Model("ab, feed-forward 4 C wide: fewer parameters", {"mixers": "ab", "d_ff": 256}),
-}
-TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each differs from them
+    "ab-8": Model("ab with 8 heads", {"mixers": "ab", "n_head": 8}),
+    "ab-in-4": Model("ab-in with 4 heads", pair_in("ab", n_head=4)),
+    "ab-in-16": Model("ab-in with 16 heads", pair_in("ab", n_head=16)),
+    "vec-in-4": Model("vec-in with 4 heads", pair_in("vec", n_head=4)),
+    "vec-in-4-9": Model(
+        "vec-in with 4 heads, 9 layers", pair_in("vec", n_head=4, n_layer=9, d_ff=235)
+    ),
+    "softmax-rope-8": Model("softmax-rope with 8 heads", {"mixers": "softmax", "n_head": 8}),
+    "middle-4": Model("hybrid-middle with 4 heads", pair_in(MIDDLE, n_head=4)),
+    "middle-plain": Model("hybrid-middle with ab, 4 heads", {"mixers": MIDDLE}),
+    "2nd-plain": Model("hybrid-2nd with ab, 4 heads", {"mixers": "ab,softmax"}),
+    "3rd-plain": Model("hybrid-3rd with ab, 4 heads", {"mixers": "ab,ab,softmax"}),
     "ab-deep": deep("vec-deep with ab", "ab", layers=10),
     "hybrid-ab": deep("hybrid-deep with ab", "ab,ab,softmax", layers=9),
     "hybrid-ab-12": deep("hybrid-deep with ab, 12 layers", "ab,ab,softmax", layers=12),
@@ -148,6 +166,11 @@ TRIED = {  # on the way to hybrid-deep and vec-deep, on one seed: how each diffe
         train={"weight_decay": 0.4},
     ),
     "vec-deep-dropout": deep("vec-deep with a dropout of 0.05", "vec", layers=10, dropout=0.05),
+    "vec-deep-rate": replace(
+        MODELS["vec-deep"],
+        about="vec-deep with a learning rate of 8e-3, not 4e-3",
+        train={"lr": 8e-3},
+    ),
     "vec-deep-8": deep("vec-deep with 8 heads", "vec", layers=10, n_head=8),
 }
 MODELS |= TRIED
@@ -193,7 +216,16 @@ SCALES = {
             for corpus, data in (("shakespeare", "shakespeare_char"), ("stdlib", "stdlib_byte"))
             for lr in (0.002, 0.004, 0.008)
         },
-        (*tables.BASELINES, "ab", "gate2", "hybrid-3rd", "vec-deep", "hybrid-deep", "hybrid-ab"),
+        (
+            *tables.BASELINES,
+            "ab",
+            "ab-in",
+            "gate2",
+            "3rd-plain",
+            "vec-deep",
+            "hybrid-deep",
+            "hybrid-ab",
+        ),
         seeds=1,
     ),
 }

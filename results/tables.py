@@ -134,7 +134,7 @@ def tried_section(logs, grid, about):
         beside = {
             name: {seed: log for seed, log in its.items() if seed in seeds}
             for name, its in grid.get(corpus, {}).items()
-            if name in (*BASELINES, "vec-deep", "hybrid-deep")
+            if name in (*BASELINES, "ab-in", "vec-in", "vec-deep", "hybrid-deep")
         }
         every = {**models, **{name: its for name, its in beside.items() if its}}
         lines += corpus_section(f"Tried on {corpus}", every, about)
@@ -206,7 +206,7 @@ STYLES = {  # colours that colour-blind eyes tell apart
     "softmax-learned": ("#000000", "--"),
     "softmax-rope": ("#000000", "-"),
     "softmax-deep": ("#8c8c8c", "-"),
-    "ab": ("#0072b2", "-"),
+    "ab-in": ("#0072b2", "-"),
     "vec-deep": ("#56b4e9", "-"),
     "hybrid-3rd": ("#e69f00", "-"),
     "hybrid-deep": ("#d55e00", "-"),
