@@ -124,6 +124,14 @@ PRESETS = {
         lr=4e-3,
         eval_interval=400,
     ),
+    # HSM alone, the best of the grid: with eight heads each layer has all shifts from 1 to 64.
+    "pure": TrainConfig(
+        model=shape(mixers="ab", in_proj=True, n_head=8),
+        out="out/pure",
+        steps=4000,
+        lr=4e-3,
+        eval_interval=400,
+    ),
     "shakespeare": TrainConfig(
         model=shape(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         out="out/shakespeare",

@@ -34,7 +34,8 @@ from hsm import GPT, BadInput, GPTConfig, load_checkpoint, model_from  # noqa: E
 from prepare_data import parse, run  # noqa: E402
 from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
 
-TRAINED = ("softmax-learned", "softmax-rope", "vec-deep", "hybrid-deep")
+TRAINED = ("softmax-learned", "softmax-rope", "ab-in", "hybrid-deep")
+TAPPED = ("ab-in", "ab-in-layer")
 CPU = torch.device("cpu")
 
 
@@ -102,7 +103,7 @@ def without(model, taps):
 
 def taps(seed):
     """Validation loss without each tap; without all taps of s or more; with all of them."""
-    for name in ("ab", "ab-layer"):
+    for name in TAPPED:
         model, windows = trained(name, seed)
         config, starts = model.config, windows.evenly(50_000)
         every = {
@@ -126,7 +127,7 @@ def taps(seed):
 
 def weights(seed):
     """The numbers (a, b) that each head of each layer learned."""
-    for name in ("ab", "ab-layer"):
+    for name in TAPPED:
         model, _ = trained(name, seed)
         for layer, ((_, shifts), block) in enumerate(
             zip(model.config.layers, model.blocks, strict=True)
@@ -284,7 +285,7 @@ def draw_taps(rows, figure):
     """How much higher the loss is without a tap, and without all of a shift or more. Seed 1."""
     rows = [row for row in rows if row["seed"] == 1]
     panels = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    for panel, name in zip(panels, ("ab", "ab-layer"), strict=False):
+    for panel, name in zip(panels, TAPPED, strict=False):
         its = [row for row in rows if row["model"] == name]
         whole = next(row["loss"] for row in its if row["kind"] == "none")
         ones = [row for row in its if row["kind"] == "one"]
@@ -301,7 +302,7 @@ def draw_taps(rows, figure):
             panel.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
         panel.set(title=reproduce.MODELS[name].about, xlabel="head", xticks=range(n_head))
         panel.set(yticks=range(n_layer))
-        colour = "#0072b2" if name == "ab" else "#d55e00"
+        colour = "#0072b2" if name == TAPPED[0] else "#d55e00"
         cuts = [(row["shift"], row["loss"]) for row in its if row["kind"] == "from"]
         style = {"color": colour, "label": reproduce.MODELS[name].about}
         panels[2].plot(*zip(*cuts, strict=True), "o-", **style)
@@ -319,7 +320,7 @@ def draw_weights(rows, figure):
     """|b| beside |a|: how much of the past each head takes, by its shift. Seed 1."""
     rows = [row for row in rows if row["seed"] == 1]
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, name in zip(panels, ("ab", "ab-layer"), strict=True):
+    for panel, name in zip(panels, TAPPED, strict=True):
         its = [row for row in rows if row["model"] == name]
         layers = [row["layer"] for row in its]
         share = [abs(row["b"]) / (abs(row["a"]) + abs(row["b"])) for row in its]
@@ -363,12 +364,12 @@ def grouped(rows, size):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-PARTS = {  # name: (rows, picture, its size)
-    "positions": (positions, draw_positions, (11, 4)),
-    "taps": (taps, draw_taps, (15, 5)),
-    "weights": (weights, draw_weights, (9, 3.8)),
+PARTS = {  # name: (rows, models in them, picture, its size)
+    "positions": (positions, TRAINED, draw_positions, (11, 4)),
+    "taps": (taps, TAPPED, draw_taps, (15, 5)),
+    "weights": (weights, TAPPED, draw_weights, (9, 3.8)),
     **{
-        name: (partial(made_up, name), draw_made_up, (4 * len(task.sizes) + 1, 3.8))
+        name: (partial(made_up, name), LEARNERS, draw_made_up, (4 * len(task.sizes) + 1, 3.8))
         for name, task in TASKS.items()
     },
 }
@@ -384,12 +385,20 @@ class DiagnoseConfig:
     dir: str = str(HERE)  # where logs/ and the pictures lie
 
 
+def read_part(path, name):
+    """(head, rows) of a log. BadInput where it is damaged, or of other models than PARTS names."""
+    head, rows = reproduce.read_log(path)
+    if {row["model"] for row in rows} != set(PARTS[name][1]):
+        raise BadInput(f"{path.name} is of other models")
+    return head, rows
+
+
 def read_rows(name, folder):
-    """The rows of all logs of a part, each with its seed; a damaged log is named and left out."""
+    """Rows of all logs of a part, each with its seed; what cannot be used is named, left out."""
     rows = []
     for path in sorted(Path(folder).glob(f"{name}.s*.jsonl")):
         try:
-            head, its = reproduce.read_log(path)
+            head, its = read_part(path, name)
         except BadInput as error:
             print(f"warning: {error}: not counted")
             continue
@@ -405,11 +414,11 @@ def main(arguments=None):
     torch.set_num_threads(1)
     logs = Path(config.dir) / "logs" / "diagnose"
     for name in PARTS if config.part == "all" else (config.part,):
-        measure, draw, size = PARTS[name]
+        measure, _, draw, size = PARTS[name]
         for seed in () if config.table_only else range(1, config.seeds + 1):
             path = logs / f"{name}.s{seed}.jsonl"
             try:
-                if path.is_file() and reproduce.read_log(path):
+                if path.is_file() and read_part(path, name):
                     continue
             except BadInput as error:
                 print(f"warning: {error}: not counted; measuring it again")

@@ -128,11 +128,18 @@ def test_a_part_trains_its_models_measures_once_and_draws_from_its_log(tiny_grid
     log.write_bytes(before[0][:-40])
     diagnose.main(flags)
     assert f"{log.name} is damaged: not counted; measuring it again" in capsys.readouterr().out
-    assert reproduce.read_log(log)[1] == [json.loads(row) for row in before[0].splitlines()[1:-1]]
+    head, rows = reproduce.read_log(log)
+    assert rows == [json.loads(row) for row in before[0].splitlines()[1:-1]]
+    reproduce.write_log(log, head, [{**row, "model": "of old"} for row in rows])
+    diagnose.main([*flags, "--table-only"])
+    assert f"{log.name} is of other models: not counted\n" in capsys.readouterr().out
+    assert picture.read_bytes() == before[1]  # left as it was
+    diagnose.main(flags)
+    assert reproduce.read_log(log)[1] == rows and picture.read_bytes() == before[1]
 
 
 def test_the_committed_pictures_are_those_of_the_committed_logs(tmp_path):
-    for name, (_, draw_it, size) in diagnose.PARTS.items():
+    for name, (_, _, draw_it, size) in diagnose.PARTS.items():
         rows = diagnose.read_rows(name, HERE / "logs" / "diagnose")
         if rows:
             tables.save_picture(draw_it, rows, tmp_path / "new.png", size)
@@ -168,8 +175,8 @@ def test_the_readmes_figures_of_silent_taps_are_the_logs():
     loss = {(r["model"], r["kind"], r["shift"]): r["loss"] for r in rows if r["kind"] != "one"}
     page = " ".join((HERE.parent / "README.md").read_text(encoding="utf-8").split())
     for model, goes, left, reach in (
-        ("ab", "`ab` goes", "leaves it 19 characters back", 19),
-        ("ab-layer", "it goes", "leaves seven", 7),
+        ("ab-in", "`ab-in` goes", "leaves it 28 characters back", 28),
+        ("ab-in-layer", "it goes", "leaves seven", 7),
     ):
         before, after = loss[model, "none", 0], loss[model, "from", 8]
         assert f"{goes} from {before:.3f} to {after:.3f}" in page and left in page

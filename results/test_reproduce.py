@@ -333,7 +333,7 @@ def test_the_readmes_sentences_on_claims_a_and_b_say_what_the_logs_say():
     page = (HERE.parent / "README.md").read_text(encoding="utf-8")
     bullets = {text[:2]: " ".join(text.split()) for text in page.split("\n- ")}
     logs = reproduce.read_logs("cpu", HERE / "logs")
-    for letter, name in (("A", "vec-deep"), ("B", "hybrid-deep")):
+    for letter, name in (("A", "ab-in"), ("B", "hybrid-deep")):
         for corpus, models in logs.items():
             over = tables.excess(models[name], models["softmax-rope"])
             middle, half = tables.interval(over)
@@ -341,7 +341,7 @@ def test_the_readmes_sentences_on_claims_a_and_b_say_what_the_logs_say():
             assert middle - half > 0 if letter == "A" else middle + half < 0
     for corpus, word in (("shakespeare", "better"), ("stdlib", "better"), ("tinystories", "worse")):
         middle, _ = tables.interval(
-            tables.excess(logs[corpus]["vec-deep"], logs[corpus]["softmax-learned"])
+            tables.excess(logs[corpus]["ab-in"], logs[corpus]["softmax-learned"])
         )
         assert f"{abs(middle):.1f}% {word}" in bullets["A:"], corpus
     shakespeare = logs["shakespeare"]
@@ -382,10 +382,11 @@ def test_what_was_tried_stands_beside_the_grids_rows_of_its_seed(grid, tmp_path,
     assert "ab-deep" not in grids and " | 2 | " in grids
 
 
-def test_the_deep_preset_is_the_grids_hybrid_deep():
-    (its,) = reproduce.make_runs("cpu", ("hybrid-deep",), ("shakespeare",), 1, 0, "out")
-    deep = reproduce.Run("cpu", "shakespeare", "hybrid-deep", 1, reproduce.PRESETS["deep"])
-    assert deep.describe() == its.describe()
+@pytest.mark.parametrize("preset, name", [("deep", "hybrid-deep"), ("pure", "ab-in")])
+def test_the_presets_of_the_grids_best_are_its_rows(preset, name):
+    (its,) = reproduce.make_runs("cpu", (name,), ("shakespeare",), 1, 0, "out")
+    same = reproduce.Run("cpu", "shakespeare", name, 1, reproduce.PRESETS[preset])
+    assert same.describe() == its.describe()
 
 
 def test_intervals_are_students():
