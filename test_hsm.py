@@ -1582,7 +1582,7 @@ def refused(capsys, module, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["quik"], "quik.*quick, deep, shakespeare, tinystories, openwebtext"),
+        (["quik"], "quik.*quick, deep, pure, shakespeare, tinystories, openwebtext"),
         (["--mixers", "abc"], "unknown mixer 'abc'.*ab, vec, matrix.*softmax"),
         (["--n-layr", "5"], "--n-layr.*Perhaps.*--n-layer"),
         (["--n_layr", "5"], "--n_layr.*Perhaps.*--n-layer"),
