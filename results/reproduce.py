@@ -2,7 +2,7 @@
 
     python results/reproduce.py --list           what there is to train, and what is done
     python results/reproduce.py                  train what is missing: many hours (README.md here)
-    python results/reproduce.py --only ab,softmax-rope --corpora shakespeare
+    python results/reproduce.py --only ab-in,softmax-rope --corpora shakespeare
     python results/reproduce.py --scale tried    what was tried beside the best hybrid, one seed
     python results/reproduce.py --table-only     from the logs alone: table.md, README, pictures
 
