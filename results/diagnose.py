@@ -41,8 +41,7 @@ CPU = torch.device("cpu")
 
 def trained(name, seed):
     """(model, validation Windows) of a run of the grid on Shakespeare, trained now if need be."""
-    scale = "tried" if name in reproduce.TRIED else "cpu"
-    its = reproduce.make_runs(scale, (name,), ("shakespeare",), seed, 0, "out/reproduce")[-1]
+    its = reproduce.make_runs("cpu", (name,), ("shakespeare",), seed, 0, "out/reproduce")[-1]
     meta = reproduce.data_of(its.config.data)
     path = Path(its.config.out) / "ckpt.pt"
     resume = reproduce.can_resume(its)

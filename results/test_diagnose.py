@@ -111,7 +111,7 @@ def tiny_grid(tmp_path, monkeypatch):
     few = {"steps": 2, "batch_size": 2, "eval_interval": 2, "warmup": 1, "eval_tokens": 64}
     base = replace(base, model=shape, data=str(folder), **few)
     scale = reproduce.Scale({"shakespeare": base}, tuple(reproduce.MODELS))
-    monkeypatch.setattr(reproduce, "SCALES", {"cpu": scale, "tried": scale})
+    monkeypatch.setattr(reproduce, "SCALES", {"cpu": scale})
     return tmp_path
 
 
