@@ -118,7 +118,6 @@ MODELS = {
     "ab-in-linear": Model(
         "ab-in, one shift a layer: 1, 2, 3 .. 7", pair_in("ab", shifts="1,2,3,4,5,6,7")
     ),
-    "ab-in-ones": Model("ab-in, each shift 1", pair_in("ab", shifts="1")),
     "ab-in-4C": Model("ab-in, feed-forward 4 C wide: fewer parameters", pair_in("ab", d_ff=256)),
     "vec-deep": deep("vec without projection but more layers", "vec", layers=10),
 }
@@ -130,12 +129,16 @@ TRIED = {  # on the way to the rows above, on one seed: how each differs from th
     ),
     "ab-8": Model("ab with 8 heads", {"mixers": "ab", "n_head": 8}),
     "ab-in-4": Model("ab-in with 4 heads", pair_in("ab", n_head=4)),
+    "ab-in-ones": Model("ab-in, each shift 1", pair_in("ab", shifts="1")),
     "ab-in-16": Model("ab-in with 16 heads", pair_in("ab", n_head=16)),
     "vec-in-4": Model("vec-in with 4 heads", pair_in("vec", n_head=4)),
     "vec-in-4-9": Model(
         "vec-in with 4 heads, 9 layers", pair_in("vec", n_head=4, n_layer=9, d_ff=235)
     ),
     "softmax-rope-8": Model("softmax-rope with 8 heads", {"mixers": "softmax", "n_head": 8}),
+    "softmax-learned-8": Model(
+        "softmax-learned with 8 heads", {"mixers": "softmax", "pos_emb": "learned", "n_head": 8}
+    ),
     "middle-4": Model("hybrid-middle with 4 heads", pair_in(MIDDLE, n_head=4)),
     "middle-plain": Model("hybrid-middle with ab, 4 heads", {"mixers": MIDDLE}),
     "2nd-plain": Model("hybrid-2nd with ab, 4 heads", {"mixers": "ab,softmax"}),
