@@ -160,6 +160,17 @@ TRIED = {  # on the way to the rows above, on one seed: how each differs from th
         layers=9,
         shifts="1+2+4+8",
     ),
+    "hybrid-early": deep(
+        "hybrid-deep with softmax in layers 2, 5 and 8, not 3, 6 and 9", "vec,softmax,vec", layers=9
+    ),
+    "hybrid-9th": deep(
+        "hybrid-deep with the middle layer softmax alone",
+        "vec,vec,vec,vec,softmax,vec,vec,vec,vec",
+        layers=9,
+    ),
+    "hybrid-nope": deep(
+        "hybrid-deep without positions", "vec,vec,softmax", layers=9, pos_emb="none"
+    ),
     "vec-deep-short": deep(
         "vec-deep with shifts 1, 2, 4, 8 in each layer", "vec", layers=10, shifts="1+2+4+8"
     ),
