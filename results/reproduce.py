@@ -538,6 +538,7 @@ def write_tables(folder):
         elif scale == "tried":
             lines += tables.tried_section(logs, every["cpu"], about)
         else:
+            lines += tables.summary_section(scale, logs, about)
             for corpus, models in logs.items():
                 title = f"{corpus}, {scale} scale"
                 lines += tables.corpus_section(title, models, about)

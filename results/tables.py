@@ -126,6 +126,33 @@ def corpus_section(title, models, about):
     ]
 
 
+def summary_section(scale, logs, about):
+    """A row a model, a column a corpus: its distance to rotary softmax, the best mean first."""
+    rotary = BASELINES[1]
+    over = {  # model -> a list of %, one a seed, for each corpus
+        name: [excess(models.get(name, {}), models.get(rotary, {})) for models in logs.values()]
+        for name in dict.fromkeys(name for models in logs.values() for name in models)
+    }
+
+    def rank(name):  # what has no run on a corpus comes after all that have one on each
+        known = [mean(values) for values in over[name] if values]
+        return len(logs) - len(known), mean(known) if known else 0
+
+    lines = [
+        f"## All corpora, {scale} scale",
+        "",
+        f"{OVER[1]}, over the seeds that both have, whose number is in brackets.",
+        "",
+        line("name", "model", *logs),
+        rule(2 + len(logs)),
+    ]
+    for name in sorted(over, key=rank):
+        cells = [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over[name]]
+        if name != rotary:
+            lines.append(line(f"`{name}`", about[name], *cells))
+    return [*lines, ""]
+
+
 def tried_section(logs, grid, about):
     """What was tried on one seed, beside the grid's rows that it is to be compared with."""
     lines = []

@@ -369,6 +369,26 @@ def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_se
     assert "| -6.67 |" in rows[2]  # 1.4 against 1.5, the same seed's, not against the mean
 
 
+def test_the_summary_ranks_by_the_mean_over_corpora_and_what_lacks_one_comes_last():
+    def corpus(**losses):  # model -> losses of seeds 1, 2, ..
+        return {
+            name.replace("_", "-"): {i + 1: ({}, [{"val_loss": x}]) for i, x in enumerate(its)}
+            for name, its in losses.items()
+        }
+
+    logs = {
+        "one": corpus(softmax_rope=(1.0, 2.0), a=(1.1,), b=(1.2, 2.4), c=(0.5,)),
+        "two": corpus(softmax_rope=(1.0,), a=(1.3,), b=(1.0, 9.0)),  # b's seed 2 has no partner
+    }
+    about = {name: name for name in logs["one"]}
+    lines = tables.summary_section("cpu", logs, about)
+    assert [row for row in lines if row.startswith("| `")] == [
+        "| `b` | b | +20.00 ± 0.00 (2) | +0.00 (1) |",
+        "| `a` | a | +10.00 (1) | +30.00 (1) |",
+        "| `c` | c | -50.00 (1) | - |",
+    ]
+
+
 def test_what_was_tried_stands_beside_the_grids_rows_of_its_seed(grid, tmp_path, monkeypatch):
     its = reproduce.SCALES["cpu"]
     both = {"cpu": its, "tried": reproduce.Scale(its.corpora, ("ab-deep",), seeds=1)}
