@@ -3,7 +3,7 @@
     python results/reproduce.py --list           what there is to train, and what is done
     python results/reproduce.py                  train what is missing: many hours (README.md here)
     python results/reproduce.py --only ab-in,softmax-rope --corpora shakespeare
-    python results/reproduce.py --scale tried    what was tried beside the best hybrid, one seed
+    python results/reproduce.py --scale tried    what was tried on the way, most on one seed
     python results/reproduce.py --table-only     from the logs alone: table.md, README, pictures
 
 A run is one call of train.py's train(). At its end its curve goes to logs/SCALE/RUN.jsonl: a line
@@ -121,7 +121,7 @@ MODELS = {
     "ab-in-4C": Model("ab-in, feed-forward 4 C wide: fewer parameters", pair_in("ab", d_ff=256)),
     "vec-deep": deep("vec without projection but more layers", "vec", layers=10),
 }
-TRIED = {  # on the way to the rows above, on one seed: how each differs from them
+TRIED = {  # on the way to the rows above, most on one seed: how each differs from them
     **{pair: Model(f"{pair}, a linear map after it, 4 heads", {"mixers": pair}) for pair in SEVEN},
     "ab-layer": Model("ab, one shift a layer: 1, 2, 4 .. 64", {"mixers": "ab", "shifts": "layer"}),
     "ab-linear": Model(
@@ -457,7 +457,7 @@ baseline's.
 class ReproduceConfig:
     """What the command line takes."""
 
-    # The grid; what else was tried, on one seed; 10M parameters or more; learning rates.
+    # The grid; what else was tried, most on one seed; 10M parameters or more; learning rates.
     scale: Literal["cpu", "tried", "gpu", "sweep"] = "cpu"
     only: str = ""  # names of models, comma-separated; --list shows them
     corpora: str = ""  # names of corpora, comma-separated

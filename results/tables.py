@@ -132,6 +132,7 @@ def summary_section(scale, logs, about):
     over = {  # model -> a list of %, one a seed, for each corpus
         name: [excess(models.get(name, {}), models.get(rotary, {})) for models in logs.values()]
         for name in dict.fromkeys(name for models in logs.values() for name in models)
+        if name != rotary
     }
 
     def rank(name):  # what has no run on a corpus comes after all that have one on each
@@ -148,13 +149,12 @@ def summary_section(scale, logs, about):
     ]
     for name in sorted(over, key=rank):
         cells = [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over[name]]
-        if name != rotary:
-            lines.append(line(f"`{name}`", about[name], *cells))
+        lines.append(line(f"`{name}`", about[name], *cells))
     return [*lines, ""]
 
 
 def tried_section(logs, grid, about):
-    """What was tried on one seed, beside the grid's rows that it is to be compared with."""
+    """What was tried, mostly on one seed, beside the grid's rows that it is to be compared with."""
     lines = []
     for corpus, models in logs.items():
         seeds = {seed for its in models.values() for seed in its}
