@@ -230,16 +230,7 @@ SCALES = {
             for corpus, data in (("shakespeare", "shakespeare_char"), ("stdlib", "stdlib_byte"))
             for lr in (0.002, 0.004, 0.008)
         },
-        (
-            *tables.BASELINES,
-            "ab",
-            "ab-in",
-            "gate2",
-            "3rd-plain",
-            "vec-deep",
-            "hybrid-deep",
-            "hybrid-ab",
-        ),
+        (*tables.BASELINES, "ab-in", "vec-deep", "hybrid-deep", "hybrid-ab"),
         seeds=1,
     ),
 }
