@@ -82,8 +82,8 @@ def rule(n):
 
 def corpus_table(models, about):
     """A corpus's rows, the lowest loss first. models: model -> seed -> (head, rows)."""
-    head = ("name", "model", "parameters", "seeds", "loss, nats a token", "bits a byte")
-    head += (*OVER, "MFLOP a token", "minutes")
+    head = ("name", "model", "parameters", "rate", "seeds")
+    head += ("loss, nats a token", "bits a byte", *OVER, "MFLOP a token", "minutes")
     lines = [line(*head), rule(len(head))]
     full = [its for name, its in models.items() if name in BASELINES]
     n_full = next(iter(full[0].values()))[0]["parameters"] if full else None
@@ -97,6 +97,7 @@ def corpus_table(models, about):
                 f"`{name}`",
                 about[name],
                 f"{first['parameters']:,}{share}",
+                str(first["train"]["lr"]),
                 str(len(its)),
                 cell([end["val_loss"] for end in last], ".4f"),
                 f"{mean(end['val_bpb'] for end in last):.4f}",
@@ -169,29 +170,33 @@ def tried_section(logs, grid, about):
 
 
 def sweep_section(logs, about):
-    """The learning-rate sweep: a row a model and corpus, a column a rate, the lowest in bold.
+    """The learning-rate sweep: a row a model and corpus, a column a rate, the lowest mean in bold.
 
     logs: as above, but with "CORPUS-lr-RATE" for corpora.
     """
-    table = {}  # (corpus, model) -> rate -> loss
+    table = {}  # (corpus, model) -> rate -> the losses of its seeds
     for name, models in logs.items():
         corpus, rate = name.split("-lr-")
         for model, its in models.items():
-            table.setdefault((corpus, model), {})[rate] = mean_loss(its)
+            table.setdefault((corpus, model), {})[rate] = list(last_losses(its).values())
     rates = sorted({name.split("-lr-")[1] for name in logs}, key=float)
     head, _ = next(iter(next(iter(next(iter(logs.values())).values())).values()))
     steps = head["train"]["steps"]
     lines = [
         "## Learning rates",
         "",
-        f"Loss after {steps:,} steps with their own cosine, one seed.",
+        f"Loss after {steps:,} steps with their own cosine: of one seed, or the mean of as many as",
+        "stand in brackets.",
     ]
     lines += ["", line("corpus", "model", *rates), rule(len(rates) + 2)]
     for (corpus, model), losses in sorted(table.items()):
-        cells = [f"{losses[rate]:.4f}" if rate in losses else "-" for rate in rates]
-        if len(losses) > 1:
-            best = min(losses, key=losses.get)
-            cells[rates.index(best)] = f"**{losses[best]:.4f}**"
+        best = min(losses, key=lambda rate: mean(losses[rate])) if len(losses) > 1 else None
+        cells = []
+        for rate in rates:
+            its = losses.get(rate, [])
+            text = f"{mean(its):.4f}" if its else "-"
+            count = f" ({len(its)})" if len(its) > 1 else ""
+            cells.append(f"**{text}**{count}" if rate == best else text + count)
         lines.append(line(corpus, about[model], *cells))
     return [*lines, ""]
 

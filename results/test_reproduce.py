@@ -309,7 +309,30 @@ def test_the_chosen_learning_rates_are_the_sweeps_lowest():
     assert any(len(its) > 1 for its in losses.values())
     for (corpus, model), its in losses.items():
         if len(its) > 1:
-            assert min(its, key=its.get) == reproduce.CPU.lr, (corpus, model)
+            rate = reproduce.SCALES["cpu"].rates.get((corpus, model), reproduce.CPU.lr)
+            assert min(its, key=its.get) == rate, (corpus, model)
+
+
+def test_a_model_with_a_rate_of_its_own_is_trained_with_it():
+    scale = reproduce.SCALES["cpu"]
+    assert scale.rates
+    for run in reproduce.make_runs("cpu", scale.models, scale.corpora, 1, 0, ""):
+        its = scale.rates.get((run.corpus, run.model), reproduce.CPU.lr)
+        assert run.config.lr == its == run.describe()["train"]["lr"], run.name
+
+
+def test_the_sweeps_table_counts_seeds_and_marks_the_lowest_mean():
+    def run(loss):
+        return {"train": {"steps": 10}}, [{"val_loss": loss}]
+
+    logs = {
+        "text-lr-0.1": {"ab": {1: run(1.0), 2: run(2.0)}, "vec": {1: run(3.0)}},
+        "text-lr-0.02": {"ab": {1: run(1.1), 2: run(1.7)}},
+    }
+    table = tables.sweep_section(logs, {"ab": "AB", "vec": "VEC"})
+    assert "| corpus | model | 0.02 | 0.1 |" in table
+    assert "| text | AB | **1.4000** (2) | 1.5000 (2) |" in table
+    assert "| text | VEC | - | 3.0000 |" in table
 
 
 def test_a_run_of_the_sweep_that_the_grid_has_done_is_taken_from_there(grid, tmp_path, monkeypatch):
