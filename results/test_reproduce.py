@@ -392,6 +392,22 @@ def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_se
     assert "| -6.67 |" in rows[2]  # 1.4 against 1.5, the same seed's, not against the mean
 
 
+def test_the_readmes_rows_are_of_the_same_two_models_on_all_corpora_the_best_in_the_mean():
+    def corpus(one, other):  # losses of two kinds of hybrid, of a baseline and of HSM alone
+        its = {"softmax-rope": ("softmax", 1.0), "pure": ("ab", 1.1)}
+        its |= {"one": ("ab,softmax", one), "other": ("softmax,vec", other)}
+        return {
+            name: {1: ({"model": {"mixers": mixers}}, [{"val_loss": loss}])}
+            for name, (mixers, loss) in its.items()
+        }
+
+    logs = {"first": corpus(0.98, 0.99), "second": corpus(0.99, 0.95)}
+    rows = tables.claims_table(logs, {name: name for name in logs["first"]})[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| {name}", model] for name in logs for model in ("softmax-rope", "pure", "other")
+    ]
+
+
 def test_the_summary_ranks_by_the_mean_over_corpora_and_what_lacks_one_comes_last():
     def corpus(**losses):  # model -> losses of seeds 1, 2, ..
         return {
