@@ -374,6 +374,20 @@ def test_the_readmes_sentences_on_claims_a_and_b_say_what_the_logs_say():
     assert f"{-max(over):.1f}% and {-min(over):.1f}%" in bullets["B:"]
 
 
+def test_three_intervals_after_a_models_name_in_the_readme_are_its_distances_to_rotary():
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    text = " ".join(page.split())
+    one = r"(\d\.\d ± \d\.\d)%"
+    found = re.findall(rf"\(`([\w-]+)`\)[^.]*? {one}, {one} and {one}", text)
+    assert len(found) >= 2
+    logs = reproduce.read_logs("cpu", HERE / "logs")
+    for name, *said in found:
+        for corpus, interval in zip(("shakespeare", "stdlib", "tinystories"), said, strict=True):
+            over = tables.excess(logs[corpus][name], logs[corpus]["softmax-rope"])
+            middle, half = tables.interval(over)
+            assert interval == f"{abs(middle):.1f} ± {half:.1f}", (name, corpus)
+
+
 def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_seeds():
     def runs(mixers, *losses):
         head = {"model": {"mixers": mixers}}
