@@ -127,6 +127,18 @@ def corpus_section(title, models, about):
     ]
 
 
+def distances(name, logs):
+    """% over rotary softmax of a model: a list of its seeds' for each corpus."""
+    rotary = BASELINES[1]
+    return [excess(models.get(name, {}), models.get(rotary, {})) for models in logs.values()]
+
+
+def mean_distance(over):
+    """The mean over corpora of the means over seeds; 0 where there is no run. over: distances()."""
+    known = [mean(values) for values in over if values]
+    return mean(known) if known else 0
+
+
 def summary_section(scale, logs, about):
     """A row a model, a column a corpus: its distance to rotary softmax, the best mean first."""
     over = {
@@ -136,8 +148,7 @@ def summary_section(scale, logs, about):
     }
 
     def rank(name):  # what has no run on a corpus comes after all that have one on each
-        known = [mean(values) for values in over[name] if values]
-        return len(logs) - len(known), mean(known) if known else 0
+        return over[name].count([]), mean_distance(over[name])
 
     lines = [
         f"## All corpora, {scale} scale",
@@ -200,12 +211,6 @@ def sweep_section(logs, about):
     return [*lines, ""]
 
 
-def distances(name, logs):
-    """% over rotary softmax of a model: a list of its seeds' for each corpus."""
-    rotary = BASELINES[1]
-    return [excess(models.get(name, {}), models.get(rotary, {})) for models in logs.values()]
-
-
 def best_of(names, logs):
     """The one of most seeds and, of these, nearest to rotary softmax or farthest ahead of it.
 
@@ -213,9 +218,8 @@ def best_of(names, logs):
     """
 
     def rank(name):
-        over = distances(name, logs)
-        known = [mean(values) for values in over if values]
-        return -min(map(len, over)), mean(known) if known else 0, name
+        its = distances(name, logs)
+        return -min(map(len, its)), mean_distance(its), name
 
     return min(names, key=rank)
 
