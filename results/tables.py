@@ -164,6 +164,37 @@ def summary_section(scale, logs, about):
     return [*lines, ""]
 
 
+BESIDE = (  # pairs of rows that the pages compare with each other
+    ("vec-in", "ab-in"),
+    ("ab-in-4C", "ab-in"),
+    ("ab-in-layer", "ab-in"),
+    ("ab-in-linear", "ab-in-layer"),
+    ("hybrid-2nd", "hybrid-middle"),
+    ("hybrid-short", "hybrid-deep"),
+)
+
+
+def beside_section(scales):
+    """A row for each of BESIDE, a column a corpus. scales: logs of scales, of the same corpora."""
+    every = {}  # corpus -> model -> seed -> log
+    for logs in scales:
+        for corpus, models in logs.items():
+            every.setdefault(corpus, {}).update(models)
+    lines = [
+        "## Side by side, cpu scale",
+        "",
+        "How much higher the first is than the second, in %, over the seeds that both have.",
+        "",
+        line("first", "second", *every),
+        rule(2 + len(every)),
+    ]
+    for one, other in BESIDE:
+        over = [excess(models.get(one, {}), models.get(other, {})) for models in every.values()]
+        cells = [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over]
+        lines.append(line(f"`{one}`", f"`{other}`", *cells))
+    return [*lines, ""]
+
+
 def tried_section(logs, grid, about):
     """What was tried, mostly on one seed, beside the grid's rows that it is to be compared with."""
     lines = []

@@ -422,6 +422,17 @@ def test_the_readmes_rows_are_of_the_same_two_models_on_all_corpora_the_best_in_
     ]
 
 
+def test_the_rows_side_by_side_are_compared_seed_by_seed_whatever_scale_they_are_of():
+    def runs(*losses):
+        return {seed: ({}, [{"val_loss": loss}]) for seed, loss in enumerate(losses, start=1)}
+
+    grid = {"text": {"hybrid-deep": runs(1.0, 2.0), "ab-in": runs(1.0)}}
+    tried = {"text": {"hybrid-short": runs(1.1, 2.2, 9.0)}}
+    rows = tables.beside_section((grid, tried))
+    assert "| `hybrid-short` | `hybrid-deep` | +10.00 ± 0.00 (2) |" in rows
+    assert "| `vec-in` | `ab-in` | - |" in rows
+
+
 def test_the_summary_ranks_by_the_mean_over_corpora_and_what_lacks_one_comes_last():
     def corpus(**losses):  # model -> losses of seeds 1, 2, ..
         return {
