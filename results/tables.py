@@ -166,11 +166,17 @@ def summary_section(scale, logs, about):
 
 BESIDE = (  # pairs of rows that the pages compare with each other
     ("vec-in", "ab-in"),
+    ("matrix-in", "ab-in"),
+    ("gate1-in", "ab-in"),
+    ("gate2-in", "ab-in"),
+    ("fusion-in", "ab-in"),
+    ("mult-in", "ab-in"),
     ("ab-in-4C", "ab-in"),
     ("ab-in-layer", "ab-in"),
     ("ab-in-linear", "ab-in-layer"),
     ("hybrid-2nd", "hybrid-middle"),
     ("hybrid-short", "hybrid-deep"),
+    ("hybrid-deep", "softmax-deep"),
 )
 
 
