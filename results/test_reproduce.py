@@ -388,6 +388,27 @@ def test_three_intervals_after_a_models_name_in_the_readme_are_its_distances_to_
             assert interval == f"{abs(middle):.1f} ± {half:.1f}", (name, corpus)
 
 
+def test_three_intervals_in_a_row_on_the_pages_are_those_of_two_rows_of_the_table():
+    logs = {}
+    for scale in ("cpu", "tried"):
+        for corpus, models in reproduce.read_logs(scale, HERE / "logs").items():
+            logs.setdefault(corpus, {}).update(models)
+    pairs = [
+        (name, base) for name in logs["stdlib"] for base in ("softmax-rope", "softmax-learned")
+    ]
+    known = set()
+    for one, other in (*pairs, *tables.BESIDE):
+        over = [tables.excess(models.get(one, {}), models[other]) for models in logs.values()]
+        if all(len(its) > 1 for its in over):
+            known.add(tuple(f"{abs(m):.1f} ± {half:.1f}" for m, half in map(tables.interval, over)))
+    said = []
+    for page in (HERE.parent / "README.md", HERE / "README.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        said += re.findall(r"(\d\.\d ± \d\.\d)%, (\d\.\d ± \d\.\d)% and (\d\.\d ± \d\.\d)%", text)
+    assert len(said) >= 9
+    assert set(said) <= known
+
+
 def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_seeds():
     def runs(mixers, *losses):
         head = {"model": {"mixers": mixers}}
