@@ -532,7 +532,7 @@ def write_tables(folder):
         elif scale == "sweep":
             lines += tables.sweep_section(logs, about)
         elif scale == "tried":
-            lines += tables.beside_section((every["cpu"], logs))
+            lines += tables.beside_section(tables.together(every["cpu"], logs))
             lines += tables.tried_section(logs, every["cpu"], about)
         else:
             lines += tables.summary_section(scale, logs, about)

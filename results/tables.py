@@ -127,16 +127,29 @@ def corpus_section(title, models, about):
     ]
 
 
-def distances(name, logs):
-    """% over rotary softmax of a model: a list of its seeds' for each corpus."""
-    rotary = BASELINES[1]
-    return [excess(models.get(name, {}), models.get(rotary, {})) for models in logs.values()]
+def together(*scales):
+    """The logs of several scales in one: corpus -> model -> seed -> log."""
+    every = {}
+    for logs in scales:
+        for corpus, models in logs.items():
+            every.setdefault(corpus, {}).update(models)
+    return every
+
+
+def distances(name, logs, other=BASELINES[1]):
+    """% over another model, by default rotary softmax: a list of the seeds' for each corpus."""
+    return [excess(models.get(name, {}), models.get(other, {})) for models in logs.values()]
 
 
 def mean_distance(over):
     """The mean over corpora of the means over seeds; 0 where there is no run. over: distances()."""
     known = [mean(values) for values in over if values]
     return mean(known) if known else 0
+
+
+def distance_cells(over):
+    """Cells of distances(): mean and interval, in brackets the number of seeds."""
+    return [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over]
 
 
 def summary_section(scale, logs, about):
@@ -159,8 +172,7 @@ def summary_section(scale, logs, about):
         rule(2 + len(logs)),
     ]
     for name in sorted(over, key=rank):
-        cells = [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over[name]]
-        lines.append(line(f"`{name}`", about[name], *cells))
+        lines.append(line(f"`{name}`", about[name], *distance_cells(over[name])))
     return [*lines, ""]
 
 
@@ -180,23 +192,18 @@ BESIDE = (  # pairs of rows that the pages compare with each other
 )
 
 
-def beside_section(scales):
-    """A row for each of BESIDE, a column a corpus. scales: logs of scales, of the same corpora."""
-    every = {}  # corpus -> model -> seed -> log
-    for logs in scales:
-        for corpus, models in logs.items():
-            every.setdefault(corpus, {}).update(models)
+def beside_section(logs):
+    """A row for each of BESIDE, a column a corpus."""
     lines = [
         "## Side by side, cpu scale",
         "",
         "How much higher the first is than the second, in %, over the seeds that both have.",
         "",
-        line("first", "second", *every),
-        rule(2 + len(every)),
+        line("first", "second", *logs),
+        rule(2 + len(logs)),
     ]
     for one, other in BESIDE:
-        over = [excess(models.get(one, {}), models.get(other, {})) for models in every.values()]
-        cells = [f"{cell(v, '+.2f')} ({len(v)})" if v else "-" for v in over]
+        cells = distance_cells(distances(one, logs, other))
         lines.append(line(f"`{one}`", f"`{other}`", *cells))
     return [*lines, ""]
 

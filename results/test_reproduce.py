@@ -389,16 +389,13 @@ def test_three_intervals_after_a_models_name_in_the_readme_are_its_distances_to_
 
 
 def test_three_intervals_in_a_row_on_the_pages_are_those_of_two_rows_of_the_table():
-    logs = {}
-    for scale in ("cpu", "tried"):
-        for corpus, models in reproduce.read_logs(scale, HERE / "logs").items():
-            logs.setdefault(corpus, {}).update(models)
+    logs = tables.together(*(reproduce.read_logs(s, HERE / "logs") for s in ("cpu", "tried")))
     pairs = [
         (name, base) for name in logs["stdlib"] for base in ("softmax-rope", "softmax-learned")
     ]
     known = set()
     for one, other in (*pairs, *tables.BESIDE):
-        over = [tables.excess(models.get(one, {}), models[other]) for models in logs.values()]
+        over = tables.distances(one, logs, other)
         if all(len(its) > 1 for its in over):
             known.add(tuple(f"{abs(m):.1f} ± {half:.1f}" for m, half in map(tables.interval, over)))
     said = []
@@ -407,6 +404,44 @@ def test_three_intervals_in_a_row_on_the_pages_are_those_of_two_rows_of_the_tabl
         said += re.findall(r"(\d\.\d ± \d\.\d)%, (\d\.\d ± \d\.\d)% and (\d\.\d ± \d\.\d)%", text)
     assert len(said) >= 9
     assert set(said) <= known
+
+
+def test_what_the_pages_say_of_the_last_steps_of_the_hours_and_of_random_shifts():
+    pages = [HERE.parent / "README.md", HERE / "README.md"]
+    readme, page = (" ".join(p.read_text(encoding="utf-8").split()) for p in pages)
+    logs = reproduce.read_logs("cpu", HERE / "logs")
+    leads = {step: [] for step in (3600, 4000)}  # hybrid-deep over rotary softmax, a mean a corpus
+    for models in logs.values():
+        for step, means in leads.items():
+            at = {
+                name: {
+                    seed: (head, [row for row in rows if row["step"] == step])
+                    for seed, (head, rows) in models[name].items()
+                }
+                for name in ("hybrid-deep", "softmax-rope")
+            }
+            means.append(-tables.mean(tables.excess(at["hybrid-deep"], at["softmax-rope"])))
+    (shakespeare, *others), ends = leads[3600], leads[4000]
+    assert f"from {shakespeare:.1f} to {ends[0]:.1f}% on Shakespeare" in readme
+    for before, after in zip(others, ends[1:], strict=True):
+        assert f"from {before:.1f} to {after:.1f}% on code and on stories" in readme
+
+    times = [
+        rows[-1]["elapsed_s"]
+        for models in logs.values()
+        for its in models.values()
+        for _, rows in its.values()
+    ]
+    assert f"takes {min(times) / 60:.0f} to {max(times) / 60:.0f} minutes" in page
+    assert f"took {sum(times) / 3600:.0f} hours of one core" in page
+
+    for seed, unseen in ((1, {1, 2, 3, 4}), (2, {2, 3, 4, 5}), (3, {1, 3, 5, 6})):
+        shifts = reproduce.random_shifts(None, seed)["shifts"].split(",")
+        seen = {0}
+        for shift in map(int, shifts):
+            seen |= {distance + shift for distance in seen}
+        assert set(range(1, max(unseen) + 1)) - seen == unseen
+        assert f"drew {', '.join(shifts)}" in page
 
 
 def test_the_readmes_rows_are_the_best_of_each_kind_among_those_with_the_most_seeds():
@@ -449,7 +484,7 @@ def test_the_rows_side_by_side_are_compared_seed_by_seed_whatever_scale_they_are
 
     grid = {"text": {"hybrid-deep": runs(1.0, 2.0), "ab-in": runs(1.0)}}
     tried = {"text": {"hybrid-short": runs(1.1, 2.2, 9.0)}}
-    rows = tables.beside_section((grid, tried))
+    rows = tables.beside_section(tables.together(grid, tried))
     assert "| `hybrid-short` | `hybrid-deep` | +10.00 ± 0.00 (2) |" in rows
     assert "| `vec-in` | `ab-in` | - |" in rows
 
