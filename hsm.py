@@ -24,36 +24,33 @@ up to any distance k < 2^L, in exactly one way: the binary digits of k. For k = 
 never sideways in time: k is reached through the mixers or not at all.)
 
 Glossary:  B batch size.   T tokens in a sequence, or in a chunk of a stream.   C width (n_embd).
-           H heads (n_head): equal slices of the C channels; each may have a shift of its own.
-           s shift, in tokens.   V vocabulary size.   x a token's vector; z what the delay brought.
+           H heads (n_head): equal slices of the C channels, D = C / H wide.   V vocabulary size.
+           s shift, in tokens.   x a token's vector.   z what the delay brought.
 
-Order of this file, which needs no scrolling back: the delay, twice (in parallel for training, as a
-ring buffer for streams); the pair functions; the configuration; the mixers; the block; the model;
-receptive field and layer table; checkpoints.
-
-Not in this file: data and tokenizers (prepare_data.py), the training loop (train.py), fused kernels
-(fast.py), CUDA graphs (decode.py), more than one GPU, weights of others. This is our reading of
+No scrolling back is needed: delay, pair functions, configuration, mixers, block, model. You may
+stop there; what follows counts paths, and makes it faster on a GPU. This is our reading of
 arXiv:2601.22852 (R. Forchheimer, 2026); the README lists what we chose where we could not know.
 """
 
 import math
 import os
-import zipfile
-from contextlib import contextmanager
+from collections import ChainMap, namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------
-# The delay: z[t] = x[t - s]
+# ---- The delay: z[t] = x[t - s] ------------------------------------------------------------------
 
 
 def delay(x, shift):
-    """Move a sequence `shift` tokens later, in parallel: y[:, t] = x[:, t - shift], else 0.
+    """Move a sequence `shift` tokens later: y[:, t] = x[:, t - shift], and 0 before the start.
 
     x: (B, T, C).  shift: an int >= 0, also beyond T (then all is 0).  Returns (B, T, C).
     """
@@ -61,54 +58,58 @@ def delay(x, shift):
     return F.pad(x, (0, 0, shift, 0))[:, : x.size(1)]
 
 
-class DelayLine:
-    """The same delay for a stream, where the past is gone: it keeps the last `shift` inputs.
+def delay_heads(x, shifts):
+    """The same with a shift of its own for each of len(shifts) equal slices of the channels."""
+    heads = x.chunk(len(shifts), dim=-1)
+    return torch.cat([delay(head, s) for head, s in zip(heads, shifts, strict=True)], dim=-1)
 
-    Called on chunks of any length, (B, T, C) -> (B, T, C), it returns what `delay` would return on
-    all chunks joined. Input number i lives in slot i mod shift of a ring, so it is found there, and
-    overwritten, by input i + shift: work and memory for a token do not depend on how many came
-    before. The ring is made at the first chunk, with its batch size, width, type and device.
+
+class DelayRings:
+    """The same for a stream, where the past is gone: each head keeps its last s inputs in a ring.
+
+    Called on chunks of any length, (B, T, C) -> (B, T, C), it returns what `delay_heads` would on
+    all chunks joined. Input p lies in slot p mod s; input p + s finds and overwrites it: work and
+    memory for a token never grow. position: () int64, the next token's number, which all layers
+    share; a tensor, so that a CUDA graph can replay a token.
     """
 
-    def __init__(self, shift):
-        self.shift, self.n_seen, self.ring = shift, 0, None
+    def __init__(self, shifts, position):
+        self.shifts, self.position, self.rings = shifts, position, None
+        self.sizes = torch.tensor(shifts, device=position.device)  # (H,)
+        self.first = self.sizes.cumsum(0) - self.sizes  # where each ring begins, all in one tensor
 
     def __call__(self, x):
-        B, T, C = x.shape
-        if self.ring is None:
-            self.ring = x.new_zeros(B, self.shift, C)
-        n = min(T, self.shift)  # so many outputs come from the ring, the rest from this chunk
-        oldest, latest = self.slots(self.n_seen, n), self.slots(self.n_seen + T - n, n)
-        z = torch.cat([self.ring[:, oldest], x[:, : T - n]], dim=1)  # (B, T, C)
-        self.ring[:, latest] = x[:, T - n :].detach()
-        self.n_seen += T
-        return z
+        (B, T, C), H = x.shape, len(self.shifts)
+        if self.rings is None:
+            self.rings = x.new_zeros(B, sum(self.shifts), C // H)
+        if T == 1:
+            slots = self.first + self.position % self.sizes  # (H,)
+            z = self.rings.index_select(1, slots)  # (B, H, D)
+            self.rings.index_copy_(1, slots, x.detach().view_as(z))
+            return z.view(B, T, C)
+        t = torch.arange(T, device=x.device)[:, None]
+        slots, heads = self.first + (self.position + t) % self.sizes, x.detach().view(B, T, H, -1)
+        z = self.rings[:, slots]  # (B, T, H, D), right for the first s tokens of the chunk
+        z = torch.where((t < self.sizes)[..., None], z, delay_heads(x, self.shifts).view_as(z))
+        last = t >= T - self.sizes  # (T, H): what the next chunk looks back at
+        self.rings[:, slots[last]] = heads[:, last]
+        return z.view(B, T, C)
 
-    def slots(self, first, n):
-        """Where n inputs from number `first` on lie. Side by side (a single one is): a slice."""
-        first %= self.shift
-        if first + n <= self.shift:
-            return slice(first, first + n)
-        return torch.arange(first, first + n, device=self.ring.device) % self.shift
 
-
-# ------------------------------------------------------------------------------------------------
-# The pair functions: y = f(x, z). They know nothing of time; all of x, z, y are (B, T, C).
+# ---- The pair functions: y = f(x, z), all (B, T, C). They know nothing of time -------------------
 # Yours is a class like these and a line in PAIRS: trainer, sampler and tests then take it by name.
 
 
-def start(weight, width, scale=1.0):
-    """Fill with normal numbers: std 0.02 at GPT-2's width of 768; sums over fewer stay as large."""
-    nn.init.normal_(weight, std=scale * 0.02 * math.sqrt(768 / width))
+def init(layer, scale=1.0):
+    """Normal weights (n, n_in), std 0.02 at GPT-2's n_in of 768: sums over fewer stay as large."""
+    nn.init.normal_(layer.weight, std=scale * 0.02 * math.sqrt(768 / layer.weight.size(1)))
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def linear(n_in, n_out, bias=False, scale=1.0):
-    """A linear map whose weights start as above, its bias at 0."""
-    layer = nn.Linear(n_in, n_out, bias=bias)
-    start(layer.weight, n_in, scale)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+    return init(nn.Linear(n_in, n_out, bias=bias), scale)
 
 
 class AB(nn.Module):
@@ -120,29 +121,27 @@ class AB(nn.Module):
         self.a = nn.Parameter(torch.full((n_head,), 0.5))
         self.b = nn.Parameter(torch.full((n_head,), 0.5))
 
+    def taps(self, x):  # where y = p x + q z: p and q, for the fast path below
+        return (w.repeat_interleave(self.head_size) for w in (self.a, self.b))  # (H,) -> (C,)
+
     def forward(self, x, z):
-        a, b = (w.repeat_interleave(self.head_size) for w in (self.a, self.b))  # (H,) -> (C,)
+        a, b = self.taps(x)
         return a * x + b * z
 
 
-class Vec(nn.Module):
-    """y = a x + b z with one pair of numbers a channel."""
+class Vec(AB):
+    """y = a x + b z with one pair of numbers a channel: as many heads as channels."""
 
     def __init__(self, n_embd, n_head):
-        super().__init__()
-        self.a = nn.Parameter(torch.full((n_embd,), 0.5))
-        self.b = nn.Parameter(torch.full((n_embd,), 0.5))
-
-    def forward(self, x, z):
-        return self.a * x + self.b * z
+        super().__init__(n_embd, n_head=n_embd)
 
 
 class Matrix(nn.Module):
     """y = A x + B z: channels mix as time does."""
 
-    def __init__(self, n_embd, n_head):
+    def __init__(self, n_embd, n_head, bias=False):
         super().__init__()
-        self.A = linear(n_embd, n_embd)
+        self.A = linear(n_embd, n_embd, bias)
         self.B = linear(n_embd, n_embd)
 
     def forward(self, x, z):
@@ -156,21 +155,24 @@ class Gate1(nn.Module):
         super().__init__()
         self.W = linear(n_embd, n_embd, bias=True)
 
-    def forward(self, x, z):
+    def taps(self, x):
         g = torch.sigmoid(self.W(x))
-        return g * x + (1 - g) * z
+        return g, 1 - g
+
+    def forward(self, x, z):
+        p, q = self.taps(x)
+        return p * x + q * z
 
 
 class Gate2(nn.Module):
-    """y = g x + (1 - g) z, g = sigmoid(W x + U z): both tokens decide."""
+    """y = g x + (1 - g) z, g = sigmoid(A x + B z): both tokens decide."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
-        self.W = linear(n_embd, n_embd, bias=True)
-        self.U = linear(n_embd, n_embd)
+        self.both = Matrix(n_embd, n_head, bias=True)
 
     def forward(self, x, z):
-        g = torch.sigmoid(self.W(x) + self.U(z))
+        g = torch.sigmoid(self.both(x, z))
         return g * x + (1 - g) * z
 
 
@@ -179,12 +181,11 @@ class Fusion(nn.Module):
 
     def __init__(self, n_embd, n_head):
         super().__init__()
-        self.A = linear(n_embd, n_embd, bias=True)
-        self.B = linear(n_embd, n_embd)
+        self.both = Matrix(n_embd, n_head, bias=True)
         self.V = linear(n_embd, n_embd)
 
     def forward(self, x, z):
-        return self.V(F.gelu(self.A(x) + self.B(z)))
+        return self.V(F.gelu(self.both(x, z)))
 
 
 class Mult(nn.Module):
@@ -200,26 +201,13 @@ class Mult(nn.Module):
         return self.A(x) * self.B(z) + self.vec(x, z)
 
 
-PAIRS = {
-    "ab": AB,
-    "vec": Vec,
-    "matrix": Matrix,
-    "gate1": Gate1,
-    "gate2": Gate2,
-    "fusion": Fusion,
-    "mult": Mult,
-}
+PAIRS = dict(ab=AB, vec=Vec, matrix=Matrix, gate1=Gate1, gate2=Gate2, fusion=Fusion, mult=Mult)
 
-# ------------------------------------------------------------------------------------------------
-# The configuration
+# ---- The configuration ---------------------------------------------------------------------------
 
 
 class BadInput(ValueError):
     """What the person at the keyboard can put right. The command lines print it and exit with 2."""
-
-
-LARGEST = dict.fromkeys(("vocab_size", "block_size", "n_embd", "d_ff"), 2**24)
-LARGEST |= {"n_layer": 1000, "n_head": 1000}
 
 
 @dataclass
@@ -239,71 +227,64 @@ class GPTConfig:
     in_proj: bool = False  # linear map before the delay
     d_ff: int = 0  # feed-forward width; 0: as many parameters as a softmax layer with 4 n_embd
     pos_emb: str = "rope"  # "learned" | "rope" (in softmax layers only; HSM needs none) | "none"
+    rope_base: float = 10_000.0  # rotary positions turn from 1 to 1/base radians a token
     dropout: float = 0.0  # share of values dropped in training
     bias: bool = False  # constants in linear maps and norms
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "d_ff"):
             value, least = getattr(self, name), int(name not in ("vocab_size", "d_ff"))
-            if not isinstance(value, int) or value < least:
-                raise BadInput(f"{name} must be at least {least}, not {value!r}")
-            if value > LARGEST[name]:  # a stranger's checkpoint may say anything
-                raise BadInput(f"{name}={value} is beyond {LARGEST[name]}, the most we build")
+            if not isinstance(value, int) or not least <= value <= 2**24:
+                raise BadInput(f"{name} must be at least {least} and at most 2^24, not {value!r}")
         if self.n_embd % self.n_head:
             raise BadInput(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.pos_emb not in ("learned", "rope", "none"):
             raise BadInput(f"unknown pos_emb {self.pos_emb!r}; choose learned, rope or none")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"dropout must be in [0, 1), not {self.dropout}")
-        has_softmax = any(name == "softmax" for name, _ in self.layers)
-        if has_softmax and self.pos_emb == "rope" and self.n_embd // self.n_head % 2:
+        if not 0 <= self.dropout < 1 or not 1 <= self.rope_base < math.inf:
+            raise BadInput("dropout must be in [0, 1), and rope_base at least 1")
+        rotates = self.pos_emb == "rope" and any("softmax" in name for name, _ in self.layers)
+        if rotates and self.n_embd // self.n_head % 2:
             raise BadInput("rotary positions need an even head width n_embd / n_head")
 
     @property
     def layers(self):
-        """What both strings mean: a list of (mixer name, shifts), a layer each.
+        """A (mixer name, shifts) a layer: a shift for all channels, one a head, or () for none."""
+        names, rungs = [name.strip() for name in self.mixers.split(",")], cycle(self.ladder)
+        if not set(names) <= set(MIXERS):
+            raise BadInput(f"unknown mixer in {self.mixers!r}; choose from {', '.join(MIXERS)}")
+        return [
+            (name, next(rungs) if getattr(MIXERS[name], "uses_shifts", True) else ())
+            for name in islice(cycle(names), self.n_layer)
+        ]
 
-        The shifts are one number for all channels, or one a head; () for softmax, which uses none.
-        """
-        names = [name.strip() for name in self.mixers.split(",")]
-        for name in names:
-            if name not in (*PAIRS, "softmax"):
-                valid = ", ".join((*PAIRS, "softmax"))
-                raise BadInput(f"unknown mixer {name!r} in {self.mixers!r}; choose from {valid}")
-        layers, j = [], 0  # j counts the HSM layers
-        for i in range(self.n_layer):
-            name = names[i % len(names)]
-            layers.append((name, () if name == "softmax" else self._shifts(j)))
-            j += name != "softmax"
-        return layers
-
-    def _shifts(self, j):
-        K = max(1, (self.block_size - 1).bit_length())  # ceil(log2(block_size)) rungs of the ladder
-        if self.shifts == "layer":
-            return (2 ** (j % K),)
-        if self.shifts == "heads":
-            return tuple(2 ** ((j + h) % K) for h in range(self.n_head))
+    @property
+    def ladder(self):
+        """The shifts of the HSM layers, from the lowest on; after the last they start again."""
+        n = max(1, (self.block_size - 1).bit_length())  # ceil(log2 block_size)
+        if self.shifts in ("layer", "heads"):
+            heads = range(self.n_head if self.shifts == "heads" else 1)
+            return [tuple(2 ** ((j + h) % n) for h in heads) for j in range(n)]
         try:
             ladder = [tuple(map(int, rung.split("+"))) for rung in self.shifts.split(",")]
+            good = all(len(r) in (1, self.n_head) and min(r) >= 1 for r in ladder)
         except ValueError:
-            ladder = [()]
-        longest = LARGEST["block_size"]
-        for rung in ladder:
-            if len(rung) not in (1, self.n_head) or not 1 <= min(rung) <= max(rung) <= longest:
-                raise BadInput(
-                    "shifts must be layer, heads, or numbers from 1: a layer each like 1,2,4,8, or "
-                    f"a head each ({self.n_head} of them), joined by +; not {self.shifts!r}"
-                )
-        return ladder[j % len(ladder)]
+            good = False
+        if not good or max(map(max, ladder)) > 2**24:
+            raise BadInput(
+                "shifts must be layer, heads, or numbers from 1: a layer each like 1,2,4,8, or a "
+                f"head each ({self.n_head} of them), joined by +; not {self.shifts!r}"
+            )
+        return ladder
 
 
-# ------------------------------------------------------------------------------------------------
-# The mixers. Their contract, in place of a base class:
+# ---- The mixers. Their contract, in place of a base class ---------------------------------------
 #   forward(x, cache=None) -> y    both (B, T, C). Without a cache x is a whole sequence (training);
 #                                  with one it is the next chunk of a stream, of any length.
-#   init_cache(max_len) -> cache   what a stream must remember, updated in place by forward.
+#   init_cache(position, max_len)  what a stream must remember; forward updates it in place.
 #   offsets                        the distances that it reaches in one layer, 0 among them.
 #   state_size(length)             numbers a sequence in the cache after `length` tokens.
+# A class may say uses_shifts = False: the ladder passes it by. Or uses_angles = True: forward takes
+# a third argument, the angles of rotary positions or None.
 
 
 def residual_scale(config):
@@ -312,16 +293,12 @@ def residual_scale(config):
 
 
 class ShiftMixer(nn.Module):
-    """HSM's mixer: DELAY, then PAIR, between two optional linear maps.
-
-    pair: a name in PAIRS.  shifts: a tuple, one shift for all channels or one a head.
-    """
+    """HSM's mixer: DELAY, then PAIR (a name in PAIRS), between two optional linear maps."""
 
     def __init__(self, config, pair, shifts):
         super().__init__()
         C, bias = config.n_embd, config.bias
-        self.shifts, self.n_embd = shifts, C
-        self.offsets = sorted({0, *shifts})
+        self.shifts, self.n_embd, self.offsets = shifts, C, sorted({0, *shifts})
         # With in_proj each head chooses what it sends through time, as attention's values do.
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         self.pair = PAIRS[pair](C, config.n_head)
@@ -330,69 +307,64 @@ class ShiftMixer(nn.Module):
             with torch.no_grad():
                 for weight in self.pair.parameters():
                     weight.mul_(residual_scale(config))
-        self.fused = None  # delay and pair in one kernel, where fast.py has put it
+        self.fast = False  # delay and pair in one kernel: the last section
 
     def forward(self, x, cache=None):
         x = self.in_proj(x)
-        if self.fused is not None and cache is None:
-            return self.proj(self.fused(self.pair, x))
-        delays = cache or [partial(delay, shift=s) for s in self.shifts]
-        heads = x.chunk(len(delays), dim=-1)  # each (B, T, C / len(delays))
-        z = torch.cat([d(head) for d, head in zip(delays, heads, strict=True)], dim=-1)  # (B, T, C)
+        if self.fast and cache is None:
+            return self.proj(fast_mix(self.pair, x, self.shifts))
+        z = delay_heads(x, self.shifts) if cache is None else cache(x)
         return self.proj(self.pair(x, z))
 
-    def init_cache(self, max_len):
-        return [DelayLine(s) for s in self.shifts]
+    def init_cache(self, position, max_len=None):
+        return DelayRings(self.shifts, position)
 
     def state_size(self, length):
         return sum(self.shifts) * self.n_embd // len(self.shifts)
 
 
-def rotate(x, start):
-    """Rotary positions (arXiv:2104.09864): turn x (B, H, T, D), its first token number `start`.
+def rotary_angles(config, start, T, like):
+    """cos and sin, (T, D/2), of the angles by which tokens start .. start + T - 1 turn.
 
-    Channels i and i + D/2 turn together, by an angle that grows with position: a dot product of two
-    turned vectors depends on their distance alone. Angles are float64 where the device has it,
-    because a float32 position of a million is good to 0.06 only. start: an int, or a () int64
-    tensor on the device.
+    float64 within: a float32 position of a million is good to 0.06. like: whose type to return.
     """
-    T, D = x.shape[-2:]
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    t = start + torch.arange(T, device=x.device, dtype=exact)
-    speed = 10000.0 ** -(torch.arange(0, D, 2, device=x.device, dtype=exact) / D)
-    angle = torch.outer(t, speed)  # (T, D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    D, device = config.n_embd // config.n_head, like.device
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    t = start + torch.arange(T, device=device, dtype=exact)
+    speed = config.rope_base ** -(torch.arange(0, D, 2, device=device, dtype=exact) / D)
+    angle = torch.outer(t, speed)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
-class KVCache:
-    """Keys and values of the tokens that a softmax layer can still see, the last `window`.
+def rotate(x, angles):
+    """Rotary positions (arXiv:2104.09864): turn channels i and i + D/2 of x, (B, H, T, D)."""
+    (cos, sin), (left, right) = angles, x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).type_as(x)
 
-    Called on a chunk's k and v, (B, H, T, D), it returns both with their past, (B, H, S, D).
-    Memory for `capacity` tokens is taken once; when it is full, what is still in sight moves to its
-    front. With capacity = 2 window that costs one copied token a token.
-    """
 
-    mask = None  # a single token sees all that it gives (of decode.py's ring, what is filled)
+class KVRing:
+    """Keys and values of a stream's last `window` tokens: token p lies in slot p mod window."""
 
-    def __init__(self, window, capacity):
-        self.window, self.capacity = window, capacity
-        self.n_seen, self.end, self.kv = 0, 0, None
+    def __init__(self, window, position):
+        self.window, self.position, self.kv = window, position, None
+        self.slots = torch.arange(window, device=position.device)
 
     def __call__(self, k, v):
-        B, H, T, D = k.shape
-        past = min(self.end, self.window - 1)  # tokens before this chunk that its first token sees
-        if self.kv is None or self.end + T > self.kv.size(3):
-            room = k.new_empty(2, B, H, max(self.capacity, past + T), D)
-            if past:
-                room[:, :, :, :past] = self.kv[:, :, :, self.end - past : self.end]
-            self.kv, self.end = room, past
-        self.kv[0, :, :, self.end : self.end + T] = k.detach()
-        self.kv[1, :, :, self.end : self.end + T] = v.detach()
-        self.n_seen += T
-        self.end += T
-        return self.kv[:, :, :, self.end - past - T : self.end].unbind()
+        """k, v: (B, H, T, D).  Returns keys, values (B, H, S, D), mask (T, S) or None: causal."""
+        new, T, is_first = torch.stack([k, v]).detach(), k.size(2), self.kv is None
+        if is_first:
+            self.kv = new.new_zeros(*new.shape[:3], self.window, new.size(4))
+        t = self.position + torch.arange(T, device=k.device)
+        if T == 1:
+            self.kv.index_copy_(3, t % self.window, new)  # to softmax the keys' order is the same
+            return *self.kv.unbind(), (self.slots <= t)[None]
+        # The numbers of the ring's tokens, below 0 where there is none yet, then of the chunk's.
+        number = torch.cat([t[:1] - 1 - (t[:1] - 1 - self.slots) % self.window, t])  # (S,)
+        distance = t[:, None] - number  # (T, S)
+        mask = (number >= 0) & (distance >= 0) & (distance < self.window)
+        both = torch.cat([self.kv, new], dim=3)
+        self.kv.index_copy_(3, t[-self.window :] % self.window, new[:, :, :, -self.window :])
+        return (k, v, None) if is_first and self.window >= T else (*both.unbind(), mask)
 
 
 class SoftmaxMixer(nn.Module):
@@ -401,45 +373,59 @@ class SoftmaxMixer(nn.Module):
     A token sees itself and the block_size - 1 tokens before it, however long the stream is.
     """
 
-    def __init__(self, config):
+    uses_shifts, uses_angles = False, True
+
+    def __init__(self, config, shifts=()):
         super().__init__()
         C, bias = config.n_embd, config.bias
         self.n_head, self.n_embd, self.window = config.n_head, C, config.block_size
-        self.offsets = range(config.block_size)
-        self.rope, self.dropout = config.pos_emb == "rope", config.dropout
+        self.offsets, self.dropout = range(config.block_size), config.dropout
         self.qkv = linear(C, 3 * C, bias)
         self.proj = linear(C, C, bias, residual_scale(config))
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, angles=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if self.rope:
-            start = 0 if cache is None else cache.n_seen
-            q, k = rotate(q, start), rotate(k, start)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         mask = None
         if cache is not None:
-            k, v = cache(k, v)  # (B, H, S, D)
-            mask = cache.mask
-        S = k.size(2)
-        causal = S == T <= self.window  # the mask that fast kernels know; else we draw it
-        if T > 1 and not causal:  # query t is key number S - T + t
-            t = torch.arange(S, device=x.device)
-            distance = t[S - T :, None] - t  # (T, S)
-            mask = (distance >= 0) & (distance < self.window)
+            k, v, mask = cache(k, v)  # (B, H, S, D)
+        elif self.window < T:
+            t = torch.arange(T, device=x.device)
+            mask = (t <= t[:, None]) & (t > t[:, None] - self.window)  # (T, T)
         dropout = self.dropout if self.training else 0.0
+        causal = mask is None and T > 1  # a mask that fast kernels know and need not be drawn
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
-    def init_cache(self, max_len):
-        return KVCache(self.window, min(max_len or math.inf, 2 * self.window))
+    def init_cache(self, position, max_len=None):
+        return KVRing(min(self.window, max_len or self.window), position)
 
     def state_size(self, length):
         return 2 * self.n_embd * min(length, self.window)
 
 
-# ------------------------------------------------------------------------------------------------
-# The block: mix over time, then think about each token
+class PairMixers(Mapping):
+    """PAIRS, those added later too, as mixers."""
+
+    def __getitem__(self, name):
+        if name not in PAIRS:
+            raise KeyError(name)
+        return lambda config, shifts: ShiftMixer(config, name, shifts)
+
+    def __iter__(self):
+        return iter(PAIRS)
+
+    def __len__(self):
+        return len(PAIRS)
+
+
+# Name -> callable(config, shifts) that makes a mixer. A line here makes yours usable by name.
+MIXERS = ChainMap({"softmax": SoftmaxMixer}, PairMixers())
+
+# ---- The block: mix over time, then think about each token ---------------------------------------
 
 
 def n_params(module):
@@ -447,62 +433,35 @@ def n_params(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def feed_forward_width(config, mixer):
-    """The width at which mixer and feed-forward have a softmax layer's parameters (d_ff = 0)."""
-    if config.d_ff:
-        return config.d_ff
-    C, bias = config.n_embd, int(config.bias)
-    saved = 4 * C * C + 4 * C * bias - n_params(mixer)  # what the mixer has less than softmax
-    width = 4 * C + round(saved / (2 * C + bias))  # a unit of width: C weights in, C out
-    if width < 1:
-        raise BadInput(
-            f"the mixer alone has {n_params(mixer):,} parameters, over a softmax layer's"
-        )
-    return width
-
-
-class MLP(nn.Module):
-    """The feed-forward network, for each token by itself."""
-
-    def __init__(self, config, width):
-        super().__init__()
-        self.up = linear(config.n_embd, width, config.bias)
-        self.down = linear(width, config.n_embd, config.bias, residual_scale(config))
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
 class Block(nn.Module):
     """x = x + mixer(norm x);  x = x + MLP(norm x).  (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, mixer, shifts):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        if mixer == "softmax":
-            self.mixer = SoftmaxMixer(config)
-        else:
-            self.mixer = ShiftMixer(config, mixer, shifts)
-        self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config, feed_forward_width(config, self.mixer))
+        C, bias = config.n_embd, config.bias
+        self.norm1 = nn.LayerNorm(C, bias=bias)
+        self.mixer = MIXERS[mixer](config, shifts)
+        self.norm2 = nn.LayerNorm(C, bias=bias)
+        # d_ff = 0: what the mixer has less than softmax, the MLP has more, 2 C weights a unit
+        saved = 4 * C * C + 4 * C * bias - n_params(self.mixer)
+        width = config.d_ff or 4 * C + round(saved / (2 * C + bias))
+        if width < 1:
+            raise BadInput(f"{mixer} alone has more parameters than a whole layer of softmax")
+        self.up = linear(C, width, bias)
+        self.down = linear(width, C, bias, residual_scale(config))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.dropout(self.mixer(self.norm1(x), cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+    def forward(self, x, cache=None, angles=None):
+        more = (angles,) if getattr(self.mixer, "uses_angles", False) else ()
+        x = x + self.dropout(self.mixer(self.norm1(x), cache, *more))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-# ------------------------------------------------------------------------------------------------
-# The model
+# ---- The model -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Cache:
-    """What a stream remembers: an entry a layer, and how many tokens have passed."""
-
-    batch_size: int
-    layers: list
-    n_seen: int = 0
+# What a stream remembers: an entry a layer, and how many tokens have passed, () int64.
+Cache = namedtuple("Cache", "batch_size layers position")
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -513,7 +472,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_k is not None:
         worst_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < worst_kept, -math.inf)
-    if top_p is not None:  # keep the likeliest tokens until their sum reaches top_p
+    if top_p is not None and top_p < 1:  # keep the likeliest until their sum reaches top_p
         probs, order = logits.softmax(dim=-1).sort(descending=True)
         surplus = probs.cumsum(dim=-1) - probs >= top_p  # (B, V); never the first
         logits = logits.masked_fill(surplus.scatter(-1, order, surplus), -math.inf)
@@ -529,18 +488,15 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.vocab_size < 1:
-            raise BadInput("vocab_size must be at least 1 to build a model")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        start(self.wte.weight, config.n_embd)
-        self.wpe = None
-        if config.pos_emb == "learned":
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
-            start(self.wpe.weight, config.n_embd)
+        V, T, C = config.vocab_size, config.block_size, config.n_embd
+        self.wte = init(nn.Embedding(V, C))
+        self.wpe = init(nn.Embedding(T, C)) if config.pos_emb == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, *layer) for layer in config.layers)
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm = nn.LayerNorm(C, bias=config.bias)
+        uses_angles = any(getattr(block.mixer, "uses_angles", False) for block in self.blocks)
+        self.rotates = config.pos_emb == "rope" and uses_angles
 
     def forward(self, idx, targets=None, cache=None, last_only=False):
         """idx, targets: (B, T) int64. Returns logits (B, T, V), or (B, 1, V), and the loss or None.
@@ -549,108 +505,75 @@ class GPT(nn.Module):
         the stream's next chunk, and the cache is updated in place.
         """
         B, T = idx.shape
-        start = 0 if cache is None else cache.n_seen
+        start = 0 if cache is None else cache.position
         if T < 1 or (targets is not None and (last_only or targets.shape != idx.shape)):
             raise BadInput("idx needs a token, targets its shape, and last_only no targets")
         if cache is not None and cache.batch_size != B:
             raise BadInput(f"the cache holds {cache.batch_size} sequences, idx has {B}")
-        x = self.wte(idx)  # (B, T, C)
+        x, angles = self.wte(idx), None  # (B, T, C)
         if self.wpe is not None:
             if start + T > self.config.block_size:
-                raise BadInput(
-                    f"learned positions end at block_size={self.config.block_size}, but this needs "
-                    f"{start + T}; shorten the input, or train with --pos-emb rope or none"
-                )
-            x = x + self.wpe(torch.arange(start, start + T, device=idx.device))
+                raise BadInput(f"learned positions end at block_size={self.config.block_size}")
+            x = x + self.wpe(start + torch.arange(T, device=idx.device))
+        if self.rotates:
+            angles = rotary_angles(self.config, start, T, x)
         x = self.dropout(x)
-        states = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, state in zip(self.blocks, states, strict=True):
-            x = block(x, state)
+        for j, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[j], angles)
         if cache is not None:
-            cache.n_seen += T
+            cache.position.add_(T)
         x = self.norm(x[:, -1:] if last_only else x)
         logits = F.linear(x, self.wte.weight)  # (B, T, V)
         loss = None
         if targets is not None:
-            flat = logits.flatten(0, 1).float()  # (B * T, V)
-            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
     def init_cache(self, batch_size, max_len=None):
-        """An empty memory for a stream of batch_size sequences.
+        """An empty memory for an endless stream of batch_size sequences.
 
-        max_len: tokens you expect, so that softmax layers take no memory for more. No limit.
+        max_len: tokens that you expect. Softmax layers then keep, and see, no more than these.
         """
-        return Cache(batch_size, [block.mixer.init_cache(max_len) for block in self.blocks])
+        position = torch.zeros((), dtype=torch.int64, device=self.wte.weight.device)
+        layers = [block.mixer.init_cache(position, max_len) for block in self.blocks]
+        return Cache(batch_size, layers, position)
 
-    def generate(
-        self,
-        idx,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        generator=None,
-        use_cache=True,
-    ):
-        """Continue idx (B, T): an iterator over max_new_tokens tensors (B,) int64.
+    def generate(self, idx, max_new_tokens, temperature=1, top_k=None, top_p=None, generator=None):
+        """Continue idx (B, T): an iterator over max_new_tokens tensors (B,) int64, without dropout.
 
-        Dropout is off meanwhile. The stream may be of any length: HSM layers go on, softmax layers
-        see the last block_size tokens. Learned positions end at block_size; there the model
-        starts again from the last block_size / 2 tokens. use_cache=False computes everything anew
-        for each token: the same tokens, slowly. On CUDA a token is one graph (decode.py), where
-        positions are not learned. Raises BadInput for values out of range.
+        The stream may be of any length: softmax layers see the last block_size tokens, which are
+        read anew for each token where positions are learned. BadInput for values out of range.
         """
-        if max_new_tokens < 0:
-            raise BadInput(f"the number of tokens must not be negative, but is {max_new_tokens}")
+        if max_new_tokens < 0 or idx.size(1) < 1:
+            raise BadInput(f"generate goes on from at least one token, not by {max_new_tokens}")
         if not 0 <= temperature < math.inf:
             raise BadInput(f"temperature must be 0 (greedy) or more, not {temperature}")
-        if top_k is not None and top_k < 1:
-            raise BadInput(f"top_k must be at least 1, not {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise BadInput(f"top_p must be over 0 and at most 1, not {top_p}")
-        if idx.size(1) < 1:
-            raise BadInput("generate needs at least one token to start from")
-        choose = partial(
-            sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        return self._generate(idx, max_new_tokens, choose, use_cache)
+        if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise BadInput(f"top_k must be at least 1, top_p in (0, 1], not {top_k} and {top_p}")
+        return self._generate(idx, max_new_tokens, (temperature, top_k, top_p, generator))
 
     @torch.no_grad()
-    def _generate(self, idx, max_new_tokens, choose, use_cache):
-        limit = self.config.block_size if self.wpe is not None else math.inf
-        context = chunk = idx if idx.size(1) <= limit else idx[:, -limit:]  # what positions count
-        cache = self.init_cache(idx.size(0)) if use_cache else None
-        graphs = use_cache and limit == math.inf and idx.is_cuda
-        graphs = graphs and not torch.is_autocast_enabled("cuda")  # its copies die with it
-        decoder = None
-        was_training = self.training
-        self.eval()
-        try:
-            for i in range(max_new_tokens):
-                if graphs and i == 1:  # the prompt is read; from now on a token is one CUDA graph
-                    from decode import Decoder  # here, because it imports this file
-
-                    decoder = Decoder(self, cache, idx.size(1) + max_new_tokens)
-                if decoder is None:
-                    logits, _ = self(chunk if use_cache else context, cache=cache, last_only=True)
-                else:
-                    logits = decoder(chunk)
-                token = choose(logits[:, -1])  # (B,)
-                yield token
-                chunk = token[:, None]
-                if limit < math.inf or not use_cache:  # else nothing grows with the stream
-                    context = torch.cat([context, chunk], dim=1)
-                if context.size(1) > limit:
-                    context = chunk = context[:, -max(1, limit // 2) :]
-                    cache = self.init_cache(idx.size(0)) if use_cache else None
-        finally:
-            self.train(was_training)
+    def _generate(self, idx, max_new_tokens, settings):
+        cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        learned, T = self.wpe is not None, self.config.block_size
+        step = partial(self, cache=None if learned else cache, last_only=True)
+        for i in range(max_new_tokens):
+            if i == 1 and not learned and idx.is_cuda and not torch.is_autocast_enabled("cuda"):
+                step = as_graph(step, idx)  # the prompt is read: now each call takes one token
+            training = self.training
+            if training:
+                self.eval()
+            logits, _ = step(idx[:, -T:] if learned else idx)
+            if training:  # already here: whoever stops early finds the model as it was
+                self.train()
+            token = sample_token(logits[:, -1], *settings)  # (B,)
+            yield token
+            idx = torch.cat([idx[:, -T:], token[:, None]], dim=1) if learned else token[:, None]
 
     def num_params(self, non_embedding=True):
         """Number of parameters; by default without the tables for tokens and positions."""
-        tables = [t for t in (self.wte, self.wpe) if t is not None]
-        return n_params(self) - non_embedding * sum(map(n_params, tables))
+        tables = n_params(self.wte) + (n_params(self.wpe) if self.wpe is not None else 0)
+        return n_params(self) - non_embedding * tables
 
     def state_bytes(self, batch_size, length):
         """Bytes that batch_size streams must keep to go on after `length` tokens."""
@@ -658,26 +581,23 @@ class GPT(nn.Module):
         return batch_size * size * self.wte.weight.element_size()
 
 
-# ------------------------------------------------------------------------------------------------
-# What a model can reach, and what its layers are
+# ---- What a model can reach, and what its layers are ---------------------------------------------
 
 
 def receptive_field(config):
     """Count the mixers' paths: entry k is the number of ways from x[t - k] to the last y[t].
 
-    On a path each layer stays, or goes one of its different shifts back (softmax: any distance
-    below block_size). Written as a polynomial, a layer is 1 + X^s, and the layers multiply. With
-    "layer" shifts over L powers of two that gives 2^L ones: each distance once, as its binary
-    number. Exact: int64, or Python's integers where int64 would overflow.
+    On a path each layer goes one of its mixer's offsets back, 0 among them. As a polynomial a layer
+    is 1 + X^s, and the layers multiply: with shifts 1, 2, 4 .. each distance comes once, as its
+    binary number. Exact: int64, or Python's integers where int64 would overflow.
     """
-    steps = [
-        range(config.block_size) if name == "softmax" else {0, *s} for name, s in config.layers
-    ]
-    fits = math.prod(len(step) for step in steps) < 2**63
+    with torch.device("meta"):  # shapes without memory
+        offsets = [MIXERS[name](config, shifts).offsets for name, shifts in config.layers]
+    fits = math.prod(map(len, offsets)) < 2**63
     paths = np.ones(1, dtype=np.int64 if fits else object)
-    for step in steps:
-        longer = np.zeros(len(paths) + max(step), dtype=paths.dtype)
-        for s in step:
+    for steps in offsets:
+        longer = np.zeros(len(paths) + max(steps), dtype=paths.dtype)
+        for s in steps:
             longer[s : s + len(paths)] += paths
         paths = longer
     return paths
@@ -685,98 +605,116 @@ def receptive_field(config):
 
 def layer_table(model):
     """A text table of the layers: mixer, shifts, reach so far, d_ff, parameters, state."""
-    config = model.config
-    head = ("layer", "mixer", "shifts", "reach", "d_ff", "parameters", "state")
-    rows, reach = [head], 0
-    for j, ((name, shifts), block) in enumerate(zip(config.layers, model.blocks, strict=True)):
+    config, reach = model.config, 0
+    rows = [("layer", "mixer", "shifts", "reach", "d_ff", "parameters", "state")]
+    for j, (block, (name, shifts)) in enumerate(zip(model.blocks, config.layers, strict=True)):
         reach += max(block.mixer.offsets)
-        state = block.mixer.state_size(config.block_size)
-        shifts = ",".join(map(str, shifts)) or "any"
-        width = block.mlp.up.out_features
-        rows.append((j, name, shifts, reach, width, f"{n_params(block):,}", f"{state:,}"))
+        shifts, width = ",".join(map(str, shifts)) or "any", block.up.out_features
+        state = f"{block.mixer.state_size(config.block_size):,}"
+        rows.append((j, name, shifts, reach, width, f"{n_params(block):,}", state))
     state = sum(block.mixer.state_size(config.block_size) for block in model.blocks)
     rows.append(("all", "", "", reach, "", f"{model.num_params():,}", f"{state:,}"))
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(str(c).rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-    embeddings = model.num_params(non_embedding=False) - model.num_params()
-    lines.append(
-        f"(reach in tokens; state in numbers a sequence; {embeddings:,} more in embeddings)"
+    tables = model.num_params(non_embedding=False) - model.num_params()
+    last = f"(reach in tokens; state in numbers a sequence; {tables:,} more in embeddings)"
+    return "\n".join([*lines, last])
+
+
+# ---- Optional: the fast path, on a GPU. Its reference is the plain path above --------------------
+# Mixing takes as long as its data travel: the least is to read x and write y, and plain PyTorch
+# writes and reads z too. Where y = p x + q z (`taps`: ab, vec, gate1) a kernel does delay and pair
+# at once, and the gradient to x is the same kernel with the shift turned round. NOT YET RUN ON A
+# GPU. It stays if it makes a training step under torch.compile 3% faster than the plain path.
+
+try:  # PyTorch for CUDA brings Triton along
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def mix_kernel(x, p, q, shifts, y, n, T, C, D, row_stride, AHEAD: tl.constexpr):
+        """y[t] = p[t] x[t] + q[t] x[t-s];  AHEAD, its adjoint: p[t] x[t] + q[t+s] x[t+s]."""
+        i = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)  # of all B T C numbers
+        row, c = i // C, i % C
+        t = row % T
+        s = tl.load(shifts + c // D, i < n, 0)
+        s = -s if AHEAD else s
+        there = (i < n) & (t >= s) & (t - s < T)
+        q_row = row - s if AHEAD else row
+        p_t = tl.load(p + row * row_stride + c, i < n, 0).to(tl.float32)
+        q_t = tl.load(q + q_row * row_stride + c, there, 0).to(tl.float32)
+        x_t = tl.load(x + i, i < n, 0).to(tl.float32)
+        z_t = tl.load(x + i - s * C, there, 0).to(tl.float32)
+        tl.store(y + i, p_t * x_t + q_t * z_t, i < n)
+
+    @torch.library.custom_op("hsm::mix", mutates_args=())
+    def mix(x: Tensor, p: Tensor, q: Tensor, shifts: Tensor, ahead: bool) -> Tensor:
+        """p x + q z in one kernel. x: (B, T, C).  p, q: (C,) or (B, T, C).  shifts: (H,) int64."""
+        x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
+        y, n, (_, T, C), D = torch.empty_like(x), x.numel(), x.shape, x.size(2) // len(shifts)
+        row = C if p.dim() > 1 else 0
+        mix_kernel[(triton.cdiv(n, 1024),)](x, p, q, shifts, y, n, T, C, D, row, ahead)
+        return y
+
+    @mix.register_fake
+    def _(x, *_):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def mix_backward(ctx, e):
+        x, p, q, shifts = ctx.saved_tensors
+        one = x.new_ones(x.size(2))
+        z = mix(x, 0 * one, one, shifts, False)
+        dp, dq = (e * x).sum_to_size(p.shape), (e * z).sum_to_size(q.shape)
+        return mix(e, p, q, shifts, True), dp, dq, None, None
+
+    mix.register_autograd(
+        mix_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4])
     )
-    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain types, so that loading one runs nobody's code
+def fast_mix(pair, x, shifts):
+    """pair(x, z), delay and pair in one kernel, in x's type or that of autocast."""
+    p, q = pair.taps(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return mix(x, p.to(x.dtype), q.to(x.dtype), torch.tensor(shifts, device=x.device), False)
 
 
-def first_line(error):
-    """The first line of an error's text: ours are messages of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def use_fast(model):
+    """Let the model's HSM layers mix in the kernel, except in streams. BadInput if they cannot."""
+    mixers = [block.mixer for block in model.blocks if isinstance(block.mixer, ShiftMixer)]
+    runs = triton and (model.wte.weight.is_cuda or os.environ.get("TRITON_INTERPRET"))
+    if not runs or not mixers or not all(hasattr(mixer.pair, "taps") for mixer in mixers):
+        raise BadInput("the fast path needs Triton, CUDA and ab, vec or gate1; use --no-fast")
+    for mixer in mixers:
+        mixer.fast = True
 
 
-@contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path`; it becomes `path` at the end, or is gone on error."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+def as_graph(step, chunk):
+    """step: (B, 1) -> (logits (B, 1, V), None), as one CUDA graph. chunk: a first token.
 
-
-def save_checkpoint(path, **items):
-    """Write items (tensors, state dicts, plain types) to path, whole or not at all.
-
-    Raises BadInput if the system refuses (a full disk); an earlier file at path then stays whole.
+    A token of a small model is hundreds of kernels that each take longer to start than to run. A
+    graph starts them at once, on the same addresses each time, once it has recorded a call.
     """
-    try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            torch.save(items, file)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        reason = first_line(error.__context__ if isinstance(error, RuntimeError) else error)
-        raise BadInput(f"cannot write {path} ({reason}); what was there before is whole") from error
+    idx, graph = chunk.clone(), torch.cuda.CUDAGraph()
 
+    def outputs():
+        for _ in range(3):  # libraries load, and take the memory that they work in
+            yield step(idx)
+        with torch.cuda.graph(graph):
+            output = step(idx)  # recorded, not computed
+        while True:
+            graph.replay()
+            yield output
 
-def load_checkpoint(path, device="cpu"):
-    """Read what save_checkpoint wrote, a dict, its tensors on `device`. BadInput if it can't be."""
-    if not os.path.isfile(path):
-        raise BadInput(f"there is no checkpoint {path}; train one first: python train.py")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            if file.testzip() or any(i.compress_type for i in file.infolist()):
-                raise ValueError("damaged, or packed into more than it looks")
-        items = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # zip, pickle and torch each have errors of their own for torn files
-        raise BadInput(f"{path} is no checkpoint of ours, or it is damaged or cut off") from error
-    if not isinstance(items, dict) or not all(
-        isinstance(items.get(name), dict) for name in ("model", "config")
-    ):
-        raise BadInput(f"{path} is no checkpoint of ours: it has no model and config")
-    return items
+    stream = outputs()
 
+    def replay(token):
+        idx.copy_(token)
+        return next(stream)
 
-def model_from(checkpoint, device="cpu"):
-    """The GPT in a checkpoint, ready to run on `device`.
-
-    Raises BadInput if weights and configuration do not fit each other; this is found out on the
-    meta device, before memory is taken for what a stranger's file claims.
-    """
-    try:
-        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
-        with torch.device("meta"):
-            claimed = {name: w.shape for name, w in GPT(config).state_dict().items()}
-        if claimed != {name: w.shape for name, w in state.items() if w.isfinite().all()}:
-            raise BadInput("its weights are not those of its configuration, or not finite")
-        model = GPT(config)
-        model.load_state_dict(state)
-    except (TypeError, AttributeError, RuntimeError, BadInput) as error:
-        reason = first_line(error)
-        raise BadInput(f"the checkpoint does not fit this version of hsm.py: {reason}") from error
-    return model.to(device)
+    return replay
