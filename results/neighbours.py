@@ -1,0 +1,180 @@
+"""What a reader would use in the place of HSM: its neighbours, as mixers on hsm.py's contract.
+
+    import neighbours                                after that hsm.MIXERS knows their names:
+    GPTConfig(mixers="shift-softmax")                attention on a x[t] + b x[t-1]
+    GPTConfig(mixers="shifts-softmax")               the same with HSM's ladder over the heads
+    GPTConfig(mixers="window")                       attention to the last 32 tokens
+    GPTConfig(mixers="conv4", in_proj=True)          a short convolution between two linear maps
+    GPTConfig(mixers="linrec")                       a gated linear recurrence, as in Mamba's kin
+
+They stream, with caches and in chunks of any length, and have equal parameters as every mixer: what
+they save or need goes to or comes from the feed-forward network (Block in hsm.py). reproduce.py
+trains them beside HSM. Each is short, because the contract is: forward, init_cache, offsets,
+state_size.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+from hsm import (  # noqa: E402
+    MIXERS,
+    DelayRings,
+    SoftmaxMixer,
+    Vec,
+    delay,
+    delay_heads,
+    linear,
+    residual_scale,
+)
+
+# ---- Attention with a shift inside ---------------------------------------------------------------
+
+
+class ShiftSoftmax(SoftmaxMixer):
+    """Softmax attention whose queries, keys and values come from a x[t] + b x[t-1].
+
+    One pair (a, b) a channel, of one half each at the start, as in HSM's `vec`: with a = 1, b = 0
+    it would start as plain attention. A key can tell what stood before its token, so that one layer
+    finds "what followed the last time" (Primer, arXiv:2109.08668, has 3 taps after the map).
+    """
+
+    shifts = (1,)
+
+    def __init__(self, config, shifts=()):
+        super().__init__(config)
+        self.shifts = shifts or self.shifts
+        self.pair = Vec(config.n_embd, config.n_head)
+        self.offsets = range(self.window + max(self.shifts))
+
+    def forward(self, x, cache=None, angles=None):
+        rings, ring = cache or (None, None)
+        z = delay_heads(x, self.shifts) if cache is None else rings(x)
+        return super().forward(self.pair(x, z), ring, angles)
+
+    def init_cache(self, position, max_len=None):
+        return DelayRings(self.shifts, position), super().init_cache(position, max_len)
+
+    def state_size(self, length):
+        rings = sum(self.shifts) * self.n_embd // len(self.shifts)
+        return rings + super().state_size(length)
+
+
+class ShiftsSoftmax(ShiftSoftmax):
+    """The same with HSM's ladder: the slice of channels of head h comes from its own shift back."""
+
+    uses_shifts = True
+
+
+# ---- Attention in a window -----------------------------------------------------------------------
+
+
+class Window(SoftmaxMixer):
+    """Softmax attention to the last 32 tokens (Longformer, arXiv:2004.05150; Mistral)."""
+
+    def __init__(self, config, shifts=()):
+        super().__init__(config)
+        self.window = min(32, config.block_size)
+        self.offsets = range(self.window)
+
+
+# ---- A short convolution -------------------------------------------------------------------------
+
+
+class Conv4(nn.Module):
+    """y[t] = w0 x[t] + w1 x[t-1] + w2 x[t-2] + w3 x[t-3], four numbers w a channel.
+
+    Mamba and H3 have it before their long memory (arXiv:2212.14052). Between the linear maps that
+    config.in_proj and config.proj ask for, as HSM's pairs. w starts as nn.Conv1d's weights.
+    """
+
+    uses_shifts, offsets = False, range(4)
+
+    def __init__(self, config, shifts=()):
+        super().__init__()
+        C, bias, scale = config.n_embd, config.bias, residual_scale(config)
+        self.n_embd = C
+        self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
+        start = 0.5 if config.proj else 0.5 * scale
+        self.taps = nn.ParameterList(torch.empty(C).uniform_(-start, start) for _ in range(4))
+        self.proj = linear(C, C, bias, scale) if config.proj else nn.Identity()
+
+    def forward(self, x, cache=None):
+        z = self.in_proj(x)
+        y = self.taps[0] * z
+        for i in range(1, 4):  # once more delayed by one
+            z = delay(z, 1) if cache is None else cache[i - 1](z)
+            y = y + self.taps[i] * z
+        return self.proj(y)
+
+    def init_cache(self, position, max_len=None):
+        return [DelayRings((1,), position) for _ in range(3)]
+
+    def state_size(self, length):
+        return 3 * self.n_embd
+
+
+# ---- A gated linear recurrence -------------------------------------------------------------------
+
+
+class LinRec(nn.Module):
+    """h[t] = g h[t-1] + (1 - g) v, with g = sigmoid(G x[t]), v = V x[t];  y = W h.
+
+    The minimal gated recurrence (minGRU, arXiv:2410.01201); Mamba's and Griffin's are of this kind.
+    The gates start so that the channels remember from 2 to block_size tokens.
+    """
+
+    uses_shifts = False
+
+    def __init__(self, config, shifts=()):
+        super().__init__()
+        C, T = config.n_embd, config.block_size
+        self.n_embd, self.offsets = C, range(T)
+        self.V, self.G = linear(C, C, config.bias), linear(C, C, bias=True)
+        self.proj = linear(C, C, config.bias, residual_scale(config))
+        memory = torch.logspace(1, math.log2(max(2, T)), C, base=2)  # 1 / (1 - g), in tokens
+        self.G.bias.data = (memory - 1).log()
+
+    def forward(self, x, cache=None):
+        g = torch.sigmoid(self.G(x))
+        h, decay = scan(g, (1 - g) * self.V(x))
+        if cache is not None:
+            if not cache:
+                cache.append(x.new_zeros(x.size(0), 1, self.n_embd))
+            h = h + decay * cache[0]
+            cache[0].copy_(h[:, -1:].detach())
+        return self.proj(h)
+
+    def init_cache(self, position, max_len=None):
+        return []  # h of the last token, once there is one
+
+    def state_size(self, length):
+        return self.n_embd
+
+
+def scan(g, v):
+    """h[t] = g[t] h[t-1] + v[t] from h = 0, and the products g[0] .. g[t]. All (B, T, C).
+
+    Parallel over time, in HSM's own ladder: after shifts of 1, 2, 4 .. each h[t] is the sum over
+    the last 2, 4, 8 .. tokens. log2 T rounds, no division, so it is exact whatever the gates are.
+    """
+    s, T = 1, v.size(1)
+    while s < T:
+        v = v + g * delay(v, s)
+        g = torch.cat([g[:, :s], g[:, s:] * g[:, :-s]], dim=1)  # before the start: times 1
+        s *= 2
+    return v, g
+
+
+NEIGHBOURS = {
+    "shift-softmax": ShiftSoftmax,
+    "shifts-softmax": ShiftsSoftmax,
+    "window": Window,
+    "conv4": Conv4,
+    "linrec": LinRec,
+}
+MIXERS.update(NEIGHBOURS)
