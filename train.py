@@ -1,21 +1,19 @@
 """Train a GPT of hsm.py on the token numbers of prepare_data.py.
 
-    python train.py                                      the quick preset: minutes on two cores
-    python train.py --mixers ab --out out/ab             the same without any attention
-    python train.py --mixers softmax --out out/softmax   the same with nothing else
-    python train.py shakespeare                          a preset for one GPU
-    python train.py --resume                             go on where the last run stopped
+    python train.py                          the quick preset: minutes on two cores
+    python train.py --mixers ab --out out/ab the same without any attention
+    python train.py shakespeare              a preset for one GPU
+    python train.py --resume                 go on where the last run stopped
 
-The way of the data: DIR/train.bin lies on the device (or stays on the disk, if it is too large);
-the batch of step n is windows at random places that depend on the seed and n alone, so a resumed
-run sees what an undisturbed one would have seen. Every evaluation takes the same windows of
-DIR/val.bin and writes OUT/ckpt.pt (the last state), OUT/best.pt (the lowest validation loss) and
-OUT/log.jsonl, each whole or not at all; the end adds OUT/loss.png and a sample. Several GPUs of one
-machine:  torchrun --standalone --nproc_per_node=2 train.py shakespeare
-
-From a notebook:  result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
+The batch of step n is windows of DIR/train.bin at random places that depend on the seed and n
+alone, so a resumed run sees what an undisturbed one would have seen. Every evaluation takes the
+same windows of DIR/val.bin and writes OUT/ckpt.pt (the last state), OUT/best.pt (the lowest
+validation loss) and OUT/log.jsonl; the end adds OUT/loss.png and a sample. From a notebook:
+    result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
 """
 
+import argparse
+import io
 import json
 import math
 import os
@@ -24,7 +22,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+import zipfile
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,36 +36,16 @@ import tyro
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from hsm import (
-    GPT,
-    BadInput,
-    GPTConfig,
-    atomic_write,
-    first_line,
-    layer_table,
-    load_checkpoint,
-    model_from,
-    n_params,
-    save_checkpoint,
-)
-from prepare_data import (
-    CORPORA,
-    Tokenizer,
-    bits_per_byte,
-    open_tokens,
-    parse,
-    prepare,
-    read_meta,
-    run,
-)
+import prepare_data
+from hsm import GPT, BadInput, GPTConfig, layer_table, use_fast
+from prepare_data import Tokenizer, atomic_write, bits_per_byte, open_tokens, parse, read_meta, run
+
+Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
 
 
 def shape(**fields):
     """The shape of the presets' models: two HSM layers for each of softmax, any vocabulary."""
     return GPTConfig(**{"vocab_size": 0, "mixers": "ab,ab,softmax"} | fields)
-
-
-Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
 
 
 @dataclass
@@ -91,249 +70,185 @@ class TrainConfig:
     seed: int = 1  # of the weights, the dropout and the order of the data
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
+    threads: int = 0  # of a CPU; 0: all, or 1 where other programs keep it busy
     compile: Choice = None  # torch.compile: minutes to start, then faster; None: on CUDA
-    fast: Choice = None  # fast.py's Triton kernels; None: on CUDA, where they know the mixers
+    fast: Choice = None  # hsm.py's kernel; None: on CUDA, where it knows the mixers
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
-        for name in ("batch_size", "grad_accum", "steps", "eval_interval"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "grad_clip", "sample_tokens", "seed", "lr_end"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise BadInput(f"lr must be over 0, not {self.lr}")
+        least = dict.fromkeys(("steps", "batch_size", "grad_accum", "eval_interval"), 1)
+        least |= dict.fromkeys(("warmup", "sample_tokens", "seed", "threads", "grad_clip"), 0)
+        least |= {"weight_decay": 0, "lr_end": 0, "lr": 1e-30, "eval_tokens": self.model.block_size}
+        for name, low in least.items():
+            high = 2**20 if name in ("batch_size", "grad_accum") else 2**40
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"{name} must be {low} .. {high:,}, not {getattr(self, name)}")
         if not 0 <= self.beta2 < 1:
             raise BadInput(f"beta2 must be in [0, 1), not {self.beta2}")
-        if self.eval_tokens < self.model.block_size:
-            raise BadInput(
-                f"eval_tokens ({self.eval_tokens}) must hold a window of "
-                f"block_size={self.model.block_size}"
-            )
 
 
+LONG = {"steps": 4000, "lr": 4e-3, "eval_interval": 400}
 PRESETS = {
-    "quick": TrainConfig(),
-    # As many parameters as seven layers of softmax have, with a feed-forward network just as wide:
-    # what HSM's layers save is two more layers. The best of the grid (results/README.md).
-    "deep": TrainConfig(
-        model=shape(n_layer=9, mixers="vec,vec,softmax", proj=False, d_ff=256),
-        out="out/deep",
-        steps=4000,
-        lr=4e-3,
-        eval_interval=400,
-    ),
-    # HSM alone, the best of the grid: with eight heads each layer has all shifts from 1 to 64.
-    "pure": TrainConfig(
-        model=shape(mixers="ab", in_proj=True, n_head=8),
-        out="out/pure",
-        steps=4000,
-        lr=4e-3,
-        eval_interval=400,
-    ),
-    "shakespeare": TrainConfig(
-        model=shape(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-        out="out/shakespeare",
-        steps=5000,
-        batch_size=64,
-        lr=1e-3,
-        eval_interval=250,
-    ),
-    "tinystories": TrainConfig(
-        model=shape(block_size=512, n_layer=8, n_head=8, n_embd=512),
-        data="data/tinystories_gpt2",
-        out="out/tinystories",
-        steps=10_000,
-        batch_size=64,
-        lr=1e-3,
-        warmup=500,
-        eval_interval=500,
-        eval_tokens=500_000,
-    ),
-    "openwebtext": TrainConfig(
-        model=shape(block_size=1024, n_layer=12, n_head=12, n_embd=768),
-        data="data/openwebtext_gpt2",
-        out="out/openwebtext",
-        steps=20_000,
-        batch_size=16,
-        grad_accum=30,
-        lr=6e-4,
-        warmup=700,
-        beta2=0.95,
-        eval_interval=500,
-        eval_tokens=1_000_000,
-    ),
+    name: TrainConfig(shape(**model), out=f"out/{name}", **settings)
+    for name, model, settings in (
+        ("quick", {}, {}),
+        # The best hybrid and the best HSM alone of the grid in results/README.md.
+        ("deep", {"n_layer": 9, "mixers": "vec,vec,softmax", "proj": False, "d_ff": 256}, LONG),
+        ("pure", {"mixers": "ab", "in_proj": True, "n_head": 8}, LONG),
+        (
+            "shakespeare",
+            {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2},
+            {"steps": 5000, "batch_size": 64, "lr": 1e-3, "eval_interval": 250},
+        ),
+        (
+            "tinystories",
+            {"block_size": 512, "n_layer": 8, "n_head": 8, "n_embd": 512},
+            {"data": "data/tinystories_gpt2", "steps": 10_000, "batch_size": 64, "lr": 1e-3}
+            | {"warmup": 500, "eval_interval": 500, "eval_tokens": 500_000},
+        ),
+        (
+            "openwebtext",
+            {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
+            {"data": "data/openwebtext_gpt2", "steps": 20_000, "grad_accum": 30, "lr": 6e-4}
+            | {"warmup": 700, "beta2": 0.95, "eval_interval": 500, "eval_tokens": 1_000_000},
+        ),
+    )
 }
 
-# ------------------------------------------------------------------------------------------------
-# Device and numbers
+# ---- Device, numbers, threads --------------------------------------------------------------------
 
 
 def pick_device(name="auto"):
     """A torch.device. Raises BadInput if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["cpu"] = True
-    if name == "auto":
-        name = next(device for device, here in there.items() if here)
-    if not there[name]:
-        here = ", ".join(device for device in there if there[device])
-        raise BadInput(f"there is no {name} device on this machine; choose from: auto, {here}")
-    return torch.device(name)
+    here = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    if name not in ("auto", *here):
+        raise BadInput(f"there is no {name} device here; choose from: auto, {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 or, on cards that have none, float16; else float32."""
-    if name == "auto":
-        name = "float32"
-        if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            name = "bfloat16" if has_bfloat16 else "float16"
+    if name == "auto" and device.type == "cuda":  # a T4 only pretends to have bfloat16
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     if name == "float16" and device.type == "cpu":
         raise BadInput("float16 does not train on a CPU; choose --dtype float32 or bfloat16")
-    return getattr(torch, name)
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-def wants(choice, device):
-    """What a Choice means: the person's word, or without one, what is faster on a GPU."""
-    return device.type == "cuda" if choice is None else choice
+def pick_threads():
+    """All of PyTorch's threads, or 1 if that is faster just now, by a short trial.
 
-
-def choose_kernels(model, wanted, device):
-    """Let the model mix in fast.py's kernels, or not; wanted None: on CUDA, where they can.
-
-    Returns words for the run's first line. Raises BadInput if they are wanted and cannot.
+    The threads meet after each operator. Where another program has one of their cores they wait for
+    its turn to end, again and again, and training is many times slower than on one thread. The
+    number belongs to the run: another one rounds sums in another order.
     """
-    if not wants(wanted, device):
-        return ""
+    n_all, seconds = torch.get_num_threads(), {}
+    x, weight = torch.ones(2048, 64), torch.ones(64, 256)
+    for n in (n_all, 1, n_all, 1):  # the first round wakes them up
+        torch.set_num_threads(n)
+        began = time.perf_counter()
+        for _ in range(100):
+            torch.relu(x @ weight)
+        seconds[n] = time.perf_counter() - began
+    return 1 if seconds[1] < 0.8 * seconds[n_all] else n_all
+
+
+# ---- Checkpoints: tensors and plain types, so that loading one runs nobody's code ----------------
+
+
+def save_checkpoint(path, **items):
+    """Write items (tensors, state dicts, plain types) to path, whole or not at all (BadInput)."""
+    buffer = io.BytesIO()  # torch reports a full disk in a way of its own, Python by its name
+    torch.save(items, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read what save_checkpoint wrote, a dict, its tensors on `device`. BadInput if it can't be."""
+    if not os.path.isfile(path):
+        raise BadInput(f"there is no checkpoint {path}; train one first: python train.py")
     try:
-        import fast  # here, because it needs Triton
-
-        fast.enable(model)
-    except BadInput as error:
-        if wanted:
-            raise
-        reason = str(error).removesuffix("; use --no-fast")
-        return f"; without fused kernels ({reason})"
-    return "; fused kernels"
-
-
-# ------------------------------------------------------------------------------------------------
-# What the card could do
-
-# Dense 16-bit peak in TFLOP/s, accumulating in float32, by the name that the driver gives. Sources:
-# NVIDIA's data sheets (H100, H200, A100, L4, T4) and architecture white papers (Ampere GA102 and
-# Ada AD102, for the GeForce cards). A card that is not here gets no share.
-PEAK = {
-    "NVIDIA H200": 989.4,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-    "Tesla T4": 65.0,
-}
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            whole = file.testzip() is None
+        items = torch.load(path, map_location=device, weights_only=True)
+        if not whole or not {"model", "config", "meta"} <= items.keys():
+            raise ValueError("damaged, or another program's")
+    except Exception as error:  # zip, pickle and torch each have errors of their own
+        raise BadInput(f"{path} is no checkpoint of ours, or it is damaged or cut off") from error
+    return items
 
 
-def peak_flops(device, dtype):
-    """Dense operations a second of the card at hand, or None where we don't know them."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    tera = PEAK.get(torch.cuda.get_device_name(device))
-    return tera and tera * 1e12
+def model_from(checkpoint, device="cpu"):
+    """The GPT in a checkpoint, on `device`. BadInput if weights and configuration do not fit."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, AttributeError, RuntimeError, BadInput) as error:
+        raise BadInput(f"the checkpoint does not fit this hsm.py: {first_line(error)}") from error
+    return model.to(device)
 
 
-def flops_per_token(n_weights, n_softmax, C, T):
-    """Useful operations of a training step, a token: 6 n_weights + 12 n_softmax C T / 2.
-
-    A weight is multiplied and added once forward and twice backward (the embedding as the output's
-    matrix alone); so are C numbers in each of softmax's two products, for every key, and a token
-    sees half of T keys on average.
-    """
-    return 6 * n_weights + 12 * n_softmax * C * T // 2
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 class Windows:
-    """Windows of block_size + 1 tokens from one split of a prepared folder.
-
-    The tokens go on the device once if they take at most a quarter of its free memory (2 GiB of a
-    CPU's); otherwise they stay on the disk and each batch is read from there.
-    """
+    """Windows of block_size + 1 tokens from one split of a prepared folder, read from the disk."""
 
     def __init__(self, folder, split, meta, block_size, device):
-        self.device, self.vocab_size = device, meta["vocab_size"]
-        self.name = f"{folder}/{split}.bin"
-        tokens = open_tokens(folder, split, meta)
-        if len(tokens) <= block_size:
-            raise BadInput(
-                f"{self.name} has {len(tokens):,} tokens, a window of block_size={block_size} and "
-                "the token after it need more; choose a smaller --block-size or a longer text"
-            )
-        room = torch.cuda.mem_get_info()[0] // 4 if device.type == "cuda" else 2**31
-        self.on_device = 4 * len(tokens) <= room
-        self.tokens = self._checked(tokens).to(device) if self.on_device else tokens
-        self.n_tokens, self.offsets = len(tokens), torch.arange(block_size + 1)
-
-    def _checked(self, numbers):
-        numbers = numbers.astype(np.int32)
-        if numbers.max() >= self.vocab_size:
-            raise BadInput(
-                f"{self.name} has the token {numbers.max()}, beyond its vocabulary of "
-                f"{self.vocab_size}; delete the folder and prepare it again"
-            )
-        return torch.from_numpy(numbers)
+        self.device, self.vocab_size, self.name = (
+            device,
+            meta["vocab_size"],
+            f"{folder}/{split}.bin",
+        )
+        self.tokens, self.offsets = open_tokens(folder, split, meta), np.arange(block_size + 1)
+        self.n_starts = len(self.tokens) - block_size
+        if self.n_starts < 1:
+            words = f"too few for block_size={block_size}; choose a smaller one or a longer text"
+            raise BadInput(f"{self.name} has {len(self.tokens):,} tokens, {words}")
 
     def at(self, starts):
-        """starts: (B,) int64 on the CPU. Returns idx and targets, (B, T) int64 on the device."""
-        places = starts[:, None] + self.offsets  # (B, T + 1)
-        if self.on_device:
-            window = self.tokens[places.to(self.device, non_blocking=True)]
-        else:
-            window = self._checked(self.tokens[places.numpy()]).to(self.device)
-        window = window.long()
+        """starts: (B,) integers. Returns idx and targets, (B, T) int64 on the device."""
+        window = self.tokens[starts[:, None] + self.offsets].astype(np.int64)  # (B, T + 1)
+        if window.max() >= self.vocab_size:
+            raise BadInput(f"{self.name} has the token {window.max()}, beyond its vocabulary")
+        window = torch.from_numpy(window).to(self.device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
     def batch(self, size, seed, number, rank=0, n_ranks=1):
-        """Random windows: the batch with this number, whatever was drawn before; a rank's share.
-
-        NumPy seeds with both numbers; a torch.Generator on the CPU takes 32 bits in all.
-        """
-        n_starts = self.n_tokens - len(self.offsets) + 1
-        starts = np.random.default_rng((seed, number)).integers(n_starts, size=size)
-        return self.at(torch.from_numpy(starts[rank::n_ranks].copy()))
+        """The batch with this number, whatever was drawn before it; of several ranks, a share."""
+        starts = np.random.default_rng((seed, number)).integers(self.n_starts, size=size)
+        return self.at(starts[rank::n_ranks])
 
     def evenly(self, n_tokens):
         """Starts of windows side by side, or evenly spread where all are over n_tokens."""
         T = len(self.offsets) - 1
-        starts = torch.arange(0, self.n_tokens - T, T)
-        n = max(1, n_tokens // T)
-        if len(starts) > n:
-            starts = starts[torch.arange(n) * len(starts) // n]
-        return starts
+        starts = np.arange(0, self.n_starts, T)
+        n = min(len(starts), max(1, n_tokens // T))
+        return starts[np.arange(n) * len(starts) // n]
 
 
-def get_data(folder):
-    """(folder, meta) of a prepared folder. data/<corpus>_<tokenizer> is prepared if it is not yet.
+def get_data(folder, is_prepared=False):
+    """(folder, meta) of a prepared folder; data/<corpus>_<tokenizer> is prepared if it is not yet.
 
     Without a network, Shakespeare gives way to Python's own library, and the folder is another one.
-    Raises BadInput if there are no data and no way to get them.
     """
     folder = Path(folder)
     corpus, _, tokenizer = folder.name.rpartition("_")
-    known = corpus in CORPORA and corpus != "file" and tokenizer in ("char", "byte", "gpt2")
+    known = corpus in prepare_data.CORPORA and tokenizer in ("char", "byte", "gpt2")
     if (folder / "meta.json").is_file() or not known:
         return folder, read_meta(folder)
+    if is_prepared or folder.parent.name != "data":
+        raise BadInput(f"there is no {folder} here; --data data/{folder.name} prepares itself")
     print(f"{folder} is not prepared yet; preparing it")
     try:
-        return folder, prepare(corpus, tokenizer=tokenizer, folder=folder)
+        return folder, prepare_data.prepare(corpus, tokenizer=tokenizer, folder=folder)
     except BadInput as error:
         if corpus != "shakespeare" or (folder / "input.txt").is_file():
             raise
@@ -341,8 +256,7 @@ def get_data(folder):
     return get_data(folder.parent / "stdlib_byte")
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer and evaluation
+# ---- The run -------------------------------------------------------------------------------------
 
 
 def learning_rate(config, step):
@@ -358,18 +272,10 @@ def make_optimizer(model, config, device):
     """AdamW. Matrices decay towards 0; a, b, norms and biases, which are no matrices, do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
-
-TOO_MANY = 10  # steps in a row whose gradients are not finite
 
 
 class Trainer:
@@ -380,49 +286,38 @@ class Trainer:
     """
 
     def __init__(self, config, meta, device, rank=0, n_ranks=1):
-        self.config, self.meta, self.device = config, meta, device
-        self.rank, self.n_ranks = rank, n_ranks
+        self.config, self.meta, self.device, self.out = config, meta, device, Path(config.out)
+        self.rank, self.n_ranks, self.dtype = rank, n_ranks, pick_dtype(config.dtype, device)
         if config.batch_size % n_ranks:
             raise BadInput(f"batch_size={config.batch_size} does not divide by {n_ranks} processes")
-        T = config.model.block_size
+        T, on_cuda = config.model.block_size, device.type == "cuda"
         self.data = Windows(config.data, "train", meta, T, device)
         self.val = Windows(config.data, "val", meta, T, device)
-        self.val_starts = self.val.evenly(config.eval_tokens)
-        self.dtype = pick_dtype(config.dtype, device)
-
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
-        self.kernels = choose_kernels(self.model, config.fast, device)
-        n_weights = self.model.num_params() + n_params(self.model.wte)  # positions add, no more
-        n_softmax = sum(name == "softmax" for name, _ in config.model.layers)
-        self.flops = flops_per_token(n_weights, n_softmax, config.model.n_embd, T)
-        self.peak = peak_flops(device, self.dtype)
-        # For a model that one device cannot hold, the README's "More than one GPU" changes this.
+        try:
+            if config.fast or (config.fast is None and on_cuda):
+                use_fast(self.model)
+        except BadInput:
+            if config.fast:
+                raise
         several = n_ranks > 1
         self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
-        compiles = wants(config.compile, device)
+        compiles = on_cuda if config.compile is None else config.compile
+        # It shares self.model's weights, whose names in a checkpoint are the plain ones.
         self.compiled = torch.compile(self.replica) if compiles else self.replica
         self.optimizer = make_optimizer(self.model, config, device)
-        # It leaves a step out, without waiting for the device, if a gradient is not finite. In
-        # float16, from 6e-8 to 65504, it also scales the loss up to just below the overflow.
-        scale = 2.0**16 if self.dtype == torch.float16 else 1.0
-        has_scaler = device.type != "mps"
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=has_scaler)
-        self.step, self.history, self.best_loss = 0, [], math.inf
-        # Sum and number of the losses since the last evaluation; steps left out because a gradient
-        # was not finite, in the whole run, and how many of them are the latest in a row.
-        self.tally = torch.zeros(4, device=device)
-        self.seconds_before, self.began, self.n_steps = 0.0, time.perf_counter(), 0
+        # Here the scaler is a guard: it leaves a step out, without waiting for the device, if a
+        # gradient is not finite. Only in float16, whose numbers end at 65504 and at 6e-8, does it
+        # also scale the loss, up to just below the overflow.
+        scale, guards = 2.0**16 if self.dtype == torch.float16 else 1.0, device.type != "mps"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=guards)
+        self.step, self.n_steps, self.history, self.best_loss = 0, 0, [], math.inf
+        # Sum and number of the losses since the last evaluation, and steps left out in a row: on
+        # the device, because each look at them waits for it.
+        self.running = torch.zeros(3, device=device)
+        self.seconds_before, self.began = 0.0, time.perf_counter()
         torch.manual_seed(config.seed + rank)  # dropout differs between ranks
-
-    @property
-    def seconds(self):
-        """Seconds of training so far, evaluations and earlier parts of the run included."""
-        return self.seconds_before + time.perf_counter() - self.began
-
-    def share_of_peak(self, tokens_per_s):
-        """Useful operations over what the cards could do, or None for a card that isn't in PEAK."""
-        return self.peak and tokens_per_s * self.flops / (self.n_ranks * self.peak)
 
     def loss(self, idx, targets):
         """Mean loss of a batch, computed in self.dtype where that is safe (autocast)."""
@@ -438,168 +333,135 @@ class Trainer:
         for i in range(config.grad_accum):
             number = self.step * config.grad_accum + i
             batch = self.data.batch(config.batch_size, config.seed, number, self.rank, self.n_ranks)
+            # Several processes average their gradients once a step, with the last batch.
             more_to_come = self.n_ranks > 1 and i < config.grad_accum - 1
             with self.replica.no_sync() if more_to_come else nullcontext():
                 loss = self.loss(*batch) / config.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        longest = config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         if self.scaler.is_enabled() or norm.isfinite():
             self.scaler.step(self.optimizer)  # does nothing if a gradient is not finite
         is_half = self.dtype == torch.float16
         self.scaler.update(None if is_half else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.n_steps += 1
+        self.step, self.n_steps = self.step + 1, self.n_steps + 1
         good = (total if is_half else norm).isfinite()  # an overflow in float16 is the scaler's
-        loss_sum, n, skipped, in_a_row = self.tally
+        loss_sum, n, in_a_row = self.running
         loss_sum = loss_sum + torch.where(good, total, 0.0)
-        self.tally = torch.stack(
-            [loss_sum, n + good, skipped + ~good, torch.where(good, 0.0, in_a_row + 1)]
-        )
+        self.running = torch.stack([loss_sum, n + good, torch.where(good, 0.0, in_a_row + 1)])
 
-    def highest(self, number):
-        """The largest of all processes' numbers."""
-        if self.n_ranks == 1:
-            return number
-        numbers = torch.tensor(number, device=self.device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return numbers.item()
-
-    def look(self):
-        """(mean loss since the last evaluation or None, left-out steps). Waits for the device.
-
-        Raises BadInput when too many steps in a row were left out: that does not mend itself.
-        """
-        tally = self.tally.clone()
+    def running_loss(self):
+        """Mean loss since the last evaluation, or nan. Waits. BadInput if ten steps are lost."""
+        running = self.running / self.n_ranks
         if self.n_ranks > 1:
-            dist.all_reduce(tally)
-        loss_sum, n, skipped, in_a_row = (tally / self.n_ranks).tolist()
-        if in_a_row >= TOO_MANY:
+            dist.all_reduce(running)
+        loss_sum, n, in_a_row = running.tolist()
+        if in_a_row >= 10:  # that does not mend itself
             raise BadInput(
-                f"the loss or its gradients were not finite {in_a_row:.0f} steps in a row, up to "
-                f"step {self.step}; {self.config.out}/ckpt.pt is from before. Try a smaller --lr, "
-                "a longer --warmup, or --dtype float32"
+                f"the gradients were not finite {in_a_row:.0f} steps in a row, up to {self.step}; "
+                f"{self.out}/ckpt.pt is from before. Try a smaller --lr or --dtype float32"
             )
-        return loss_sum / n if n else None, round(skipped)
+        return loss_sum / n if n else math.nan
 
     @torch.no_grad()
     def val_loss(self):
         """Mean loss over the fixed validation windows, in nats a token."""
+        starts, total = self.val.evenly(self.config.eval_tokens), 0.0
         self.model.eval()
-        total = torch.zeros((), device=self.device)
-        share = self.val_starts[self.rank :: self.n_ranks]
-        for starts in share.split(self.config.batch_size):
-            total += self.loss(*self.val.at(starts)) * len(starts)
+        for i in range(0, len(starts), self.config.batch_size):
+            some = starts[i : i + self.config.batch_size]
+            total += self.loss(*self.val.at(some)) * len(some)
         self.model.train()
-        if self.n_ranks > 1:
-            dist.all_reduce(total)
-        return total.item() / len(self.val_starts)
+        return total.item() / len(starts)
+
+    def speed(self):
+        """Seconds of the run, and tokens a second in this process; evaluations included."""
+        seconds, config = time.perf_counter() - self.began, self.config
+        tokens = self.n_steps * config.grad_accum * config.batch_size * config.model.block_size
+        return self.seconds_before + seconds, tokens / seconds
 
     def evaluate(self):
-        """Measure, log and save. Returns the new row of log.jsonl."""
-        config, out = self.config, Path(self.config.out)
-        train_loss, n_skipped = self.look()  # waits, so that the clock sees the steps' work
-        tokens = self.n_steps * config.grad_accum * config.batch_size * config.model.block_size
-        speed = tokens / (time.perf_counter() - self.began)
-        val_loss = self.val_loss()
-        if not math.isfinite(val_loss):
-            raise BadInput(
-                f"the validation loss is {val_loss} at step {self.step}; what is saved in {out} "
-                "is from before. Start again with a smaller --lr"
-            )
+        """Measure and save. Returns the new row of log.jsonl."""
+        train_loss, val_loss = self.running_loss(), self.val_loss()
+        if not math.isfinite(val_loss) or not all(
+            p.isfinite().all() for p in self.model.parameters()
+        ):
+            words = f"{self.out}/ckpt.pt is from before. Try a smaller --lr"
+            raise BadInput(f"the loss or the weights are not finite at step {self.step}; {words}")
+        elapsed, tokens_per_s = self.speed()
         row = {
             "step": self.step,
-            "train_loss": train_loss,
+            "train_loss": None if math.isnan(train_loss) else train_loss,
             "val_loss": val_loss,
             "val_bpb": bits_per_byte(val_loss, self.meta),
-            "lr": learning_rate(config, max(0, self.step - 1)),
-            "tokens_per_s": round(speed),
-            "elapsed_s": round(self.seconds, 2),
-            "skipped": n_skipped,
+            "lr": learning_rate(self.config, max(0, self.step - 1)),
+            "tokens_per_s": round(tokens_per_s),
+            "elapsed_s": round(elapsed, 2),
         }
-        if self.peak:
-            row["share_of_peak"] = round(self.share_of_peak(speed), 4)
         self.history.append(row)
-        self.tally[:2] = 0
-        is_best = val_loss < self.best_loss
+        self.running[:2] = 0
+        is_best = val_loss < self.best_loss or not (self.out / "best.pt").is_file()
         self.best_loss = min(val_loss, self.best_loss)
         if self.rank == 0:
-            with atomic_write(out / "log.jsonl") as path, open(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.history)
+            with atomic_write(self.out / "log.jsonl") as path:
+                path.write_text("".join(f"{json.dumps(r)}\n" for r in self.history), "utf-8")
             if is_best:
-                save_checkpoint(out / "best.pt", **self.what_it_is())
+                save_checkpoint(self.out / "best.pt", **self.checkpoint_dict())
             self.save()
         return row
 
-    def what_it_is(self):
+    def checkpoint_dict(self):
         """The model and where it comes from, in plain types: all that sampling needs."""
-        train = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        return {
-            "model": self.model.state_dict(),
-            "config": asdict(train.pop("model")),
-            "train": train | {"resume": False},
-            "meta": self.meta,
-            "step": self.step,
-            "best_loss": self.best_loss,
-        }
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        config = asdict(settings.pop("model"))
+        more = {"step": self.step, "best_loss": self.best_loss, "meta": self.meta}
+        return {"model": self.model.state_dict(), "config": config, "train": settings, **more}
 
     def save(self):
-        """Write OUT/ckpt.pt: what it is, and all that training goes on from."""
-        if not all(weight.isfinite().all() for weight in self.model.parameters()):
-            raise BadInput(
-                f"the weights are not finite at step {self.step}; {self.config.out}/ckpt.pt is "
-                "from before. Try a smaller --lr"
-            )
+        """Write OUT/ckpt.pt: what sampling needs, and all that training goes on from."""
         save_checkpoint(
-            Path(self.config.out) / "ckpt.pt",
-            **self.what_it_is(),
+            self.out / "ckpt.pt",
+            **self.checkpoint_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             history=self.history,
-            tally=self.tally.cpu(),
-            seconds=self.seconds,
+            running=self.running.cpu(),
+            seconds=self.speed()[0],
             rng=torch.get_rng_state(),  # dropout draws from it
             rng_cuda=torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         )
 
     def load(self, checkpoint):
         """Become the trainer that was saved. BadInput if its model or data are not these."""
-        config = self.config
-        for name, value in asdict(config.model).items():
-            old = checkpoint["config"].get(name)
-            if old != value:
-                raise BadInput(
-                    f"the checkpoint in {config.out} has {name}={old}, not {value}: a resumed "
-                    "model keeps its shape. Leave that flag away, or choose another --out"
-                )
-        if checkpoint.get("meta") != self.meta:
-            raise BadInput(f"the run in {config.out} had other data than {config.data} holds now")
+        for name, value in asdict(self.config.model).items():
+            old = checkpoint["config"].get(name, value)
+            if old != value and name != "dropout":
+                words = f"has {name}={old}, not {value}: a resumed model keeps its shape"
+                raise BadInput(f"the run in {self.out} {words}; choose another --out")
+        if checkpoint["meta"] != self.meta:
+            raise BadInput(f"the run in {self.out} had other data than {self.config.data} has now")
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            if self.rank == 0:
+            if self.rank:  # only rank 0 saves; the others' dropout goes on with new numbers
+                torch.manual_seed(self.config.seed + self.rank + 1000 * checkpoint["step"])
+            else:
                 torch.set_rng_state(checkpoint["rng"])
                 if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
                     torch.cuda.set_rng_state(checkpoint["rng_cuda"])
-            else:  # only rank 0 saves; the others' dropout goes on with new numbers
-                torch.manual_seed(config.seed + self.rank + config.steps * checkpoint["step"])
-            for name in ("step", "history", "best_loss"):
-                setattr(self, name, checkpoint[name])
-            self.tally += checkpoint["tally"].to(self.device)
-            self.seconds_before = checkpoint["seconds"]
+            self.step, self.history = checkpoint["step"], checkpoint["history"]
+            self.best_loss, self.seconds_before = checkpoint["best_loss"], checkpoint["seconds"]
+            self.running += checkpoint["running"].to(self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise BadInput(
-                f"the checkpoint in {config.out} is not a whole one: {first_line(error)}"
-            ) from error
+            raise BadInput(f"{self.out}/ckpt.pt is not whole: {first_line(error)}") from error
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the run to stop after the step; a second Ctrl-C ends it at once.
+    """Ctrl-C, SIGTERM and a closed terminal end the run after the step; Ctrl-C twice, at once.
 
     A context manager. signal: the number of the signal that came, or 0.
     """
@@ -607,7 +469,8 @@ class Stop:
     def __enter__(self):
         self.signal, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():  # others may have no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+                number = getattr(signal, name)
                 self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -621,51 +484,90 @@ class Stop:
             signal.signal(number, handler)
 
 
-def lock_out(out):
-    """Make the output folder and lock it; the system drops the lock when this process ends.
+class Unbreakable:
+    """A text stream whose reader may go, or whose disk may be full: then its text goes nowhere."""
 
-    Returns a context manager that holds it. BadInput if another process does, or on no permission.
-    """
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def out_folder(out, resume):
+    """Make and lock OUT, and move an earlier run's files to OUT/previous."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return FileLock(out / ".lock").acquire(timeout=0)
+        lock = FileLock(out / ".lock").acquire(timeout=0)  # dropped when this process ends
     except Timeout as error:
-        raise BadInput(
-            f"another training writes to {out} now; wait for its end, or choose another --out"
-        ) from error
+        raise BadInput(f"another training writes to {out} now; choose another --out") from error
     except OSError as error:
         raise BadInput(f"cannot write to {out} ({error}); choose another --out") from error
+    with lock:
+        names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
+        for path in [] if resume else [out / name for name in names if (out / name).exists()]:
+            (out / "previous").mkdir(exist_ok=True)
+            os.replace(path, out / "previous" / path.name)
+            print(f"the earlier {path} is now in {out / 'previous'}")
+        yield
 
 
-def clear_out(out, resume):
-    """Remove what a killed run left half-written; move an earlier run's files to OUT/previous."""
-    for path in out.glob("*.tmp"):
-        path.unlink()
-    names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
-    earlier = [] if resume else [out / name for name in names if (out / name).exists()]
-    if earlier:
-        (out / "previous").mkdir(exist_ok=True)
-        print(f"the earlier run in {out} is now in {out / 'previous'}")
-    for path in earlier:
-        os.replace(path, out / "previous" / path.name)
+@contextmanager
+def init_distributed(device):
+    """Join the processes that torchrun started, each with its GPU if there are any; yields it."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+        dist.barrier()  # nobody leaves while another still works
+    except RuntimeError as error:
+        words = f"another process of this training has ended ({first_line(error)})"
+        raise BadInput(f"{words}; start again with --resume") from error
+    finally:
+        dist.destroy_process_group()
 
 
-def plot(history, title, path):
-    """Training and validation loss against steps, as a PNG."""
-    from matplotlib.figure import Figure  # here, because it takes a second
-
-    figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot: it would take a notebook's
-    axes = figure.subplots()  # own pictures away
-    for key, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
-        points = [(row["step"], row[key]) for row in history if row[key] is not None]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    best = min(history, key=lambda row: row["val_loss"])
-    axes.plot(best["step"], best["val_loss"], "ko", label=f"lowest: {best['val_loss']:.4f}")
-    axes.set(title=title, xlabel="steps", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def loop(trainer, stop):
+    """Update and evaluate until the last step, 0, or until a signal came, its number."""
+    config, rank, signal_number = trainer.config, trainer.rank, 0
+    shows = {"mininterval": 0.3, "dynamic_ncols": True, "disable": True if rank else None}
+    with tqdm(total=config.steps, initial=trainer.step, unit="step", **shows) as bar:
+        while True:
+            last = trainer.history[-1]["step"] if trainer.history else -1
+            ends = trainer.step >= config.steps
+            if last < trainer.step and (ends or trainer.step % config.eval_interval == 0):
+                row, seconds = trainer.evaluate(), time.perf_counter() - trainer.began
+                left = (config.steps - trainer.step) * seconds / max(1, trainer.n_steps)
+                bar.write(
+                    f"step {row['step']:6,}: loss {row['train_loss'] or math.nan:.4f}, validation "
+                    f"{row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte; "
+                    f"{row['tokens_per_s']:,} tokens/s, {left:.0f} s left"
+                )
+            if trainer.step % 10 == 0 or trainer.n_ranks == 1:  # asking the others waits
+                signal_number = stop.signal
+                if trainer.n_ranks > 1:
+                    numbers = torch.tensor(signal_number, device=trainer.device)
+                    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+                    signal_number = numbers.item()
+            if ends or signal_number:
+                if signal_number and rank == 0:
+                    trainer.save()  # before any word, which may have nowhere to go
+                return 0 if ends else signal_number
+            trainer.update()
+            bar.update()
+            if trainer.step % 10 == 0:  # each look waits for the device
+                words = f"loss {trainer.running_loss():.3f}, {trainer.speed()[1]:,.0f} tokens/s"
+                bar.set_postfix_str(words, refresh=False)
 
 
 @dataclass
@@ -682,25 +584,26 @@ class Result:
     stopped_by: int  # 0: it came to its end; else the signal's number
 
 
-def train(config):
+def train(config, saved=None):
     """Train as config (a TrainConfig) says, write into config.out, and return a Result.
 
-    Raises BadInput for what the person can put right: data, device, folder, checkpoint. Started by
-    torchrun, this is one of several processes that train one model; rank 0 writes and speaks.
+    saved: the checkpoint to go on from, where it is loaded already. Raises BadInput for what the
+    person can put right: data, device, folder, checkpoint. Started by torchrun, this is one of
+    several processes that train one model; rank 0 writes and speaks.
     """
     rank, n_ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out, device = Path(config.out), pick_device(config.device)
     pick_dtype(config.dtype, device)  # complains, if it must, before any work
-    saved = load_checkpoint(out / "ckpt.pt") if config.resume else None
+    if config.resume and saved is None:
+        saved = load_checkpoint(out / "ckpt.pt")
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(Unbreakable(io.StringIO() if rank else sys.stdout)))
+        stack.enter_context(redirect_stderr(Unbreakable(sys.stderr)))
         if n_ranks > 1:
-            device = stack.enter_context(joined(device))
-        if rank > 0:
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(silence))
+            device = stack.enter_context(init_distributed(device))
         for turn in range(n_ranks):  # rank 0 prepares the data, if need be, and the others find it
             if turn == rank:
-                folder, meta = get_data(config.data)
+                folder, meta = get_data(config.data, is_prepared=config.resume)
             if n_ranks > 1:
                 dist.barrier()
         vocab_size = config.model.vocab_size or meta["vocab_size"]
@@ -708,6 +611,9 @@ def train(config):
             raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
         model = replace(config.model, vocab_size=vocab_size)
         config = replace(config, data=str(folder), model=model)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        config.threads = config.threads or pick_threads()
+        torch.set_num_threads(config.threads)
         tokenizer, trainer = Tokenizer(meta), Trainer(config, meta, device, rank, n_ranks)
         if saved is not None:
             trainer.load(saved)
@@ -715,148 +621,78 @@ def train(config):
                 raise BadInput(f"{out} is at step {trainer.step} already; give more --steps")
             print(f"going on at step {trainer.step:,} of {config.steps:,}")
         if rank == 0:
-            stack.enter_context(lock_out(out))
-            clear_out(out, config.resume)
+            stack.enter_context(out_folder(out, config.resume))
+        kernel = ", kernel" * any(getattr(b.mixer, "fast", False) for b in trainer.model.blocks)
         name = f"{model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
-        how = str(trainer.dtype).removeprefix("torch.") + trainer.kernels
-        print(f"{name}; {config.data} -> {out}; {device.type} x {n_ranks}, {how}")
+        print(f"{name}; {folder} -> {out}; {device.type} x {n_ranks}, {trainer.dtype}{kernel}")
         with Stop() as stop:
             stopped_by = loop(trainer, stop)
-        result = Result(
-            model=trainer.model,
-            tokenizer=tokenizer,
-            history=trainer.history,
-            best_loss=trainer.best_loss,
-            best_bpb=bits_per_byte(trainer.best_loss, meta),
-            seconds=trainer.seconds,
-            out=out,
-            stopped_by=stopped_by,
-        )
-        if rank == 0 and not stopped_by:
+        best_bpb, seconds = bits_per_byte(trainer.best_loss, meta), trainer.speed()[0]
+        more = (trainer.history, trainer.best_loss, best_bpb, seconds, out, stopped_by)
+        result = Result(trainer.model, tokenizer, *more)
+        if rank == 0:
             report(result, trainer, name)
-        elif rank == 0:
-            trainer.save()
-            print(f"stopped at step {trainer.step:,}, saved in {out / 'ckpt.pt'}. To go on:")
-            print(f"  python train.py --resume --out {shlex.quote(str(out))}")
     return result
 
 
-@contextmanager
-def joined(device):
-    """Join the processes that torchrun started, each with its GPU if there are any; yields it."""
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"the processes do not find each other: {first_line(error)}") from error
-    try:
-        yield device
-        dist.barrier()  # nobody leaves while another still works
-    finally:
-        dist.destroy_process_group()
+def plot(history, title, path):
+    """Training and validation loss against steps, as a PNG."""
+    from matplotlib.figure import Figure  # here, because it takes a second
 
-
-def loop(trainer, stop):
-    """Update and evaluate until the last step, 0, or until a signal came, its number."""
-    config, rank = trainer.config, trainer.rank
-    tokens = config.grad_accum * config.batch_size * config.model.block_size
-    bar = tqdm(
-        total=config.steps,
-        initial=trainer.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=rank > 0,
-    )
-    try:
-        with bar:
-            while True:
-                ended = trainer.step >= config.steps
-                last = trainer.history[-1]["step"] if trainer.history else -1
-                if last < trainer.step and (ended or trainer.step % config.eval_interval == 0):
-                    row = trainer.evaluate()
-                    bar.write(
-                        f"step {row['step']:6,}  validation loss {row['val_loss']:.4f} nats a "
-                        f"token, {row['val_bpb']:.4f} bits a byte"
-                    )
-                if ended:
-                    return 0
-                if trainer.step % 10 == 0 or trainer.n_ranks == 1:  # asking the others waits
-                    signal_number = trainer.highest(stop.signal)
-                    if signal_number:
-                        return signal_number
-                trainer.update()
-                bar.update()
-                if trainer.step % 10 == 0:  # each look waits for the device
-                    speed = tokens * (bar.format_dict["rate"] or 0)
-                    loss = trainer.look()[0] or math.nan
-                    words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-                    if trainer.peak:
-                        words += f", {trainer.share_of_peak(speed):.1%} of peak"
-                    bar.set_postfix_str(words)
-    except BadInput:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise BadInput(
-            f"{trainer.device} has too little memory for this; choose a smaller --batch-size "
-            "(and --grad-accum to make up for it), --block-size or --n-embd"
-        ) from error
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise BadInput(
-            f"torch.compile does not work here ({first_line(error)}); use --no-compile"
-        ) from error
-    except RuntimeError as error:
-        if trainer.n_ranks == 1:
-            raise
-        raise BadInput(
-            f"another process of this training has ended ({first_line(error)}); "
-            "start again with --resume"
-        ) from error
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would take a notebook's away
+    axes = figure.subplots()
+    for key, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
+        points = [(row["step"], row[key]) for row in history if row[key] is not None]
+        axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(title=title, xlabel="steps", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def report(result, trainer, name):
     """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
-    out, device = result.out, trainer.device
-    plot(result.history, name, out / "loss.png")
-    print(f"\n{layer_table(result.model)}\n")
+    out, step = shlex.quote(str(result.out)), trainer.step
+    if result.stopped_by:
+        print(f"stopped at step {step:,}, saved. To go on:\n  python train.py --resume --out {out}")
+        return
+    plot(result.history, name, result.out / "loss.png")
     best = min(result.history, key=lambda row: row["val_loss"])
     print(
-        f"lowest validation loss {result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits "
-        f"a byte, at step {best['step']:,}; {result.seconds:.0f} s of training; "
-        f"curve in {out / 'loss.png'}"
+        f"\n{layer_table(result.model)}\n\nlowest validation loss {result.best_loss:.4f} nats a "
+        f"token = {result.best_bpb:.4f} bits a byte, at step {best['step']:,}; "
+        f"{result.seconds:.0f} s of training; curve in {result.out / 'loss.png'}"
     )
-    if trainer.config.sample_tokens:
-        model = model_from(load_checkpoint(out / "best.pt"), device)
-        idx = torch.tensor([[result.tokenizer.start]], device=device)
-        generator = torch.Generator(device).manual_seed(trainer.config.seed)
-        stream = model.generate(
-            idx, trainer.config.sample_tokens, temperature=0.8, generator=generator
-        )
-        print("\na sample:\n" + result.tokenizer.decode([token.item() for token in stream]))
-    print(f"\nmore of it:  python sample.py --out {shlex.quote(str(out))}")
+    idx = torch.tensor([[result.tokenizer.start]], device=trainer.device)
+    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+    stream = result.model.generate(idx, trainer.config.sample_tokens, 0.8, generator=generator)
+    print("\n" + result.tokenizer.decode([token.item() for token in stream]))
+    print(f"\nmore of it:  python sample.py --out {out}")
 
 
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    preset = "quick"
-    if arguments and not arguments[0].startswith("-"):
-        preset, *arguments = arguments
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    preset, before = "quick", "="
+    for i, word in enumerate(words):  # a preset is a word that belongs to no flag
+        if not word.startswith("-") and ("=" in before or not before.startswith("-")):
+            preset = words.pop(i)
+            break
+        before = word
     if preset not in PRESETS:
         raise BadInput(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    description = (
-        f"python train.py [{'|'.join(PRESETS)}] [flags]: train a GPT with HSM or softmax layers. "
-        f"The defaults shown are those of {preset}."
-    )
-    config = parse(TrainConfig, arguments, description, PRESETS[preset])
-    if config.resume:  # what the flags don't say stays as it was
-        saved = load_checkpoint(Path(config.out) / "ckpt.pt")
+    default, saved = PRESETS[preset], None
+    if {"--resume", "--resume=True"} & set(words):  # what the flags don't say stays as it was
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--out", default=default.out)
+        out = finder.parse_known_args(words)[0].out
+        saved = load_checkpoint(Path(out) / "ckpt.pt")
         try:
-            before = TrainConfig(model=GPTConfig(**saved["config"]), **saved["train"])
+            default = TrainConfig(GPTConfig(**saved["config"]), **saved["train"] | {"out": out})
         except (KeyError, TypeError) as error:
-            raise BadInput(f"{config.out}/ckpt.pt is not a checkpoint of train.py") from error
-        config = parse(TrainConfig, arguments, description, replace(before, out=config.out))
-    stopped_by = train(config).stopped_by
+            raise BadInput(f"{out}/ckpt.pt is not a checkpoint of this train.py") from error
+    about = f"python train.py [{'|'.join(PRESETS)}] [flags]. The defaults shown are {preset}'s."
+    stopped_by = train(parse(TrainConfig, words, about, default), saved).stopped_by
     return 128 + stopped_by if stopped_by else 0  # as shells count
 
 
