@@ -60,20 +60,17 @@ def read_prompt(config):
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--prompt" in words[:-1]:  # a prompt may begin with a dash
-        words[(i := words.index("--prompt")) : i + 2] = [f"--prompt={words[i + 1]}"]
+        i = words.index("--prompt")
+        words[i : i + 2] = [f"--prompt={words[i + 1]}"]
     config = parse(SampleConfig, words, "Let a trained model write.")
     device = pick_device(config.device)
     model, tokenizer = load(config.out, config.which, device)
     prompt = read_prompt(config)
     numbers = tokenizer.encode(prompt).tolist() or [tokenizer.start]
-    stream = model.generate(
-        torch.tensor([numbers], device=device),
-        config.tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        torch.Generator(device).manual_seed(config.seed),
-    )
+    idx = torch.tensor([numbers], device=device)
+    limits = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    generator = torch.Generator(device).manual_seed(config.seed)
+    stream = model.generate(idx, config.tokens, **limits, generator=generator)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be half a character
     print(prompt, end="")
     began = time.perf_counter()
@@ -83,11 +80,9 @@ def main(arguments=None):
     seconds, length = time.perf_counter() - began, len(numbers) + config.tokens
     with torch.device("meta"):
         softmax = GPT(replace(model.config, mixers="softmax"))
-    print(
-        f"[{config.tokens / seconds:,.0f} tokens/s; state {model.state_bytes(1, length):,} bytes; a "
-        f"model of softmax layers alone keeps {softmax.state_bytes(1, length):,}]",
-        file=sys.stderr,
-    )
+    own, keys = (m.state_bytes(1, length) for m in (model, softmax))
+    words = f"state {own:,} bytes, where softmax layers alone keep {keys:,}"
+    print(f"[{config.tokens / seconds:,.0f} tokens/s; {words}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
