@@ -96,9 +96,14 @@ ROWS = {  # recipe 2 had more: their logs say what they are, and --again trains 
     "softmax-learned": Row(
         "softmax, learned positions (GPT-2)", {"mixers": "softmax", "pos_emb": "learned"}
     ),
+    "softmax-deep": Row("softmax, rotary; 9 layers for 7, narrower", {"mixers": "softmax"}, 9),
     # A shift beyond the window brings zeros: b x[t-s] = 0, and the vec layers mix nothing.
     "hybrid-b0": Row("hybrid-deep without its shifts", deep("vec,vec,softmax", shifts="128"), 9),
 }
+GRID = tuple(ROWS)
+ROWS["ab-in-layer"] = Row(
+    "ab-in, a shift a layer: 1, 2, 4 .. 64", between_maps("ab", shifts="layer")
+)
 # Settled by the first seed on code, before a run of these settings: the best plain softmax, the
 # best softmax with a shift, the best hybrid of HSM, HSM alone, the recurrence alone.
 PICKS = ("softmax-100", "shift-softmax-100", "hybrid-shift", "ab-in", "linrec")
@@ -128,6 +133,7 @@ CPU = TrainConfig(
     sample_tokens=0,
     device="cpu",
     dtype="float32",
+    threads=1,
 )
 # Python's library with its modules shuffled, all of the validation text at each evaluation.
 CODE = replace(CPU, data="data/code_byte", eval_interval=1000, eval_tokens=10**7)
@@ -139,15 +145,15 @@ def resized(config, **shape):
 
 
 SETTINGS = {
-    "code": Setting(CODE, tuple(ROWS)),
-    "tinystories": Setting(STORIES, tuple(ROWS)),
+    "code": Setting(CODE, GRID),
+    "tinystories": Setting(STORIES, GRID),
     "code-512": Setting(resized(replace(CODE, batch_size=4), block_size=512), PICKS),
     "code-1000": Setting(replace(CODE, steps=1000), PICKS),
     "code-8000": Setting(replace(CODE, steps=8000), PICKS),
-    "code-lr-0.002": Setting(replace(CODE, lr=2e-3), tuple(ROWS)[:-1], seeds=1),
+    "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
     "code-32": Setting(resized(CODE, n_embd=32, n_layer=5), PICKS),  # depth as the root of the
     "code-128": Setting(resized(CODE, n_embd=128, n_layer=10), PICKS),  # width: 5, 7, 10 layers
-    "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), tuple(ROWS)[:8]),
+    "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
     "stdlib": Setting(replace(CPU, data="data/stdlib_byte"), ()),  # recipe 2's: modules by name
 }
 
@@ -169,12 +175,8 @@ def write_code(path):
     names = [file.relative_to(root).as_posix() for file in root.rglob("*.py")]
     with atomic_write(path) as temporary, open(temporary, "wb") as output:
         for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            source = (root / name).read_bytes()
-            try:
-                source.decode("utf-8")
-            except UnicodeDecodeError:
-                continue  # two or three modules are in Latin-1
-            if left_out.isdisjoint(name.split("/")):
+            source = b"" if left_out & {*name.split("/")} else (root / name).read_bytes()
+            if source.decode("utf-8", "ignore").encode("utf-8") == source:  # a few are in Latin-1
                 output.write(source.replace(b"\r\n", b"\n"))
 
 
@@ -395,7 +397,7 @@ def again(path, out):
     setting = head["run"].rsplit(".", 3)[0].split("-lr-")[0]
     data = SETTINGS[setting].config.data
     config = TrainConfig(model=GPTConfig(**head["model"]), **head["train"])
-    extra = {"device": "cpu", "dtype": "float32", "sample_tokens": 0}
+    extra = {"device": "cpu", "dtype": "float32", "sample_tokens": 0, "threads": 1}
     if data_of(data)["sha256"] != head["data"]["sha256"]:
         raise BadInput(f"{data} is not the text that {path.name} was made with")
     result = train(replace(config, data=data, out=str(Path(out) / f"again-{path.stem}"), **extra))
@@ -477,15 +479,16 @@ def over(models, name, base):
 
 
 def plain(models):
-    """The best plain softmax of a setting: the one that others are measured by."""
-    return min(set(PLAIN) & set(models), key=lambda name: mean(last_losses(models[name])))
+    """The best plain softmax of a setting, by which others are measured, or None."""
+    there = set(PLAIN) & set(models)
+    return min(there, key=lambda name: mean(last_losses(models[name])), default=None)
 
 
 def best(logs, names):
     """Of some rows the one with runs on most texts, then the lowest distance to plain softmax."""
 
     def rank(name):
-        there = [logs[text] for text in TEXTS if name in logs.get(text, {})]
+        there = [logs[t] for t in TEXTS if name in logs.get(t, {}) and plain(logs[t])]
         ratios = [
             mean(last_losses(models[name])) / mean(last_losses(models[plain(models)]))
             for models in there
@@ -621,7 +624,7 @@ STYLES = {  # colours that colour-blind eyes tell apart
 
 def draw_lead(logs, figure):
     """A panel a text: how far over plain softmax, by steps; dots: runs of other lengths."""
-    texts = [text for text in TEXTS if text in logs]
+    texts = [text for text in TEXTS if plain(logs.get(text, {}))]
     for panel, text in zip(np.atleast_1d(figure.subplots(1, len(texts))), texts, strict=True):
         base = plain(logs[text])
         zero = mean_curve(logs[text][base])
@@ -724,7 +727,7 @@ def write_tables(folder):
     ]
     lines += tried_section(folder / "logs")
     write_text(folder / "table.md", "\n".join([HEAD, *lines]).rstrip() + "\n")
-    if logs:
+    if any(plain(logs.get(text, {})) for text in TEXTS):
         save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
         for page in (folder / "README.md", folder.parent / "README.md"):
             between_marks(page, "found", found_table(logs))
