@@ -31,7 +31,14 @@ import reproduce  # noqa: E402
 
 from hsm import GPT, BadInput, GPTConfig  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
-from train import TrainConfig, Windows, learning_rate, make_optimizer  # noqa: E402
+from train import (  # noqa: E402
+    TrainConfig,
+    Windows,
+    learning_rate,
+    load_checkpoint,
+    make_optimizer,
+    model_from,
+)
 
 CPU = torch.device("cpu")
 
@@ -122,7 +129,7 @@ TAPPED = ("ab-in", "ab-in-layer")
 def losses(model, windows, starts):
     """Loss of each token of these windows, (N, T), in nats."""
     rows = []
-    for some in starts.split(64):
+    for some in np.split(starts, range(64, len(starts), 64)):
         idx, targets = windows.at(some)
         logits = model(idx)[0].transpose(1, 2)  # (N, V, T)
         rows.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
@@ -131,8 +138,13 @@ def losses(model, windows, starts):
 
 def trained(setting, name, seed):
     """(model, validation Windows) of a run of the grid, trained now if need be."""
-    model, config, meta = reproduce.trained(reproduce.make_run(setting, name, seed))
-    return model.eval(), Windows(config.data, "val", meta, config.model.block_size, CPU)
+    run = reproduce.make_run(setting, name, seed)
+    config, meta = run.config, reproduce.data_of(run.config.data)
+    if run.saved_step() != config.steps:
+        print(f"{run.name} has no finished checkpoint here: training it")
+        run.train()
+    model = model_from(load_checkpoint(Path(config.out) / "ckpt.pt")).eval()
+    return model, Windows(config.data, "val", meta, model.config.block_size, CPU)
 
 
 def positions(seed, setting="shakespeare", names=TRAINED):
@@ -140,7 +152,7 @@ def positions(seed, setting="shakespeare", names=TRAINED):
     for name in names:
         model, windows = trained(setting, name, seed)
         T = model.config.block_size
-        starts = torch.arange(0, windows.n_tokens - T, T // 8)
+        starts = np.arange(0, windows.n_starts, T // 8)
         starts = starts[:: max(1, len(starts) * T // 2_000_000)]
         loss = losses(model, windows, starts).mean(dim=0)  # (T,)
         for first, last in [(1, 1), *((2**i + 1, 2 ** (i + 1)) for i in range(T.bit_length() - 1))]:
@@ -298,7 +310,7 @@ class DiagnoseConfig:
 
 def main(arguments=None):
     about = "Look into trained models, and at a task whose answer we know."
-    config = parse(DiagnoseConfig, sys.argv[1:] if arguments is None else arguments, about)
+    config = parse(DiagnoseConfig, arguments, about)
     torch.set_num_threads(1)
     for part in PARTS if config.part == "all" else (config.part,):
         measures, draw, size = PARTS[part]
@@ -307,9 +319,9 @@ def main(arguments=None):
             for name, measure in measures.items():
                 path = folder / f"{name}.s{seed}.jsonl"
                 with reproduce.claim(Path(config.out) / path.name) as free:
-                    if free and reproduce.read_or_warn(path) is None:
+                    if free and not reproduce.read_log(path):
                         rows = list(measure(seed=seed))
-                        head = {"part": part, "seed": seed, **reproduce.surroundings(CPU)}
+                        head = {"part": part, "seed": seed, **reproduce.surroundings()}
                         reproduce.write_log(path, head, rows)
         rows = reproduce.read_rows(folder, [f"{name}.s" for name in measures])
         if rows:

@@ -105,7 +105,7 @@ def test_a_killed_grid_goes_on_to_the_same_logs(grid, tmp_path, monkeypatch, sto
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == (-stop if stop == signal.SIGKILL else 128 + stop)
     assert set(logs_of(tmp_path)) == {"text.softmax-rope.6.s1"}
-    begun = reproduce.can_resume(reproduce.make_run("text", "linrec", 1, tmp_path / "out"))
+    begun = reproduce.make_run("text", "linrec", 1, tmp_path / "out").saved_step()
     assert begun == (2 if stop == signal.SIGKILL else 4)
     reproduce.main(grid)
     assert without_times(logs_of(tmp_path)) == undisturbed
@@ -143,7 +143,7 @@ def test_a_log_counts_if_it_is_of_this_configuration_and_of_a_recipe_with_its_nu
 
     def counts(change):
         whole.write_bytes(text)
-        return reproduce.read_or_warn(edit_log(tmp_path, name, change), run) is not None
+        return reproduce.read_log(edit_log(tmp_path, name, change), run) is not None
 
     assert counts(lambda head, _: head.update(recipe=2))  # the same numbers
     assert counts(lambda head, _: head["model"].pop("rope_base"))  # before there was such a field
@@ -183,8 +183,8 @@ def test_again_trains_what_a_log_says_and_finds_the_last_bit(grid, tmp_path, cap
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--only", "nope"], "'nope' in --only; choose from softmax-100, "),
-        (["--corpora", "nope"], "'nope' in --corpora; choose from code, "),
+        (["--only", "nope"], "unknown name 'nope'; choose from softmax-100, "),
+        (["--corpora", "nope"], "unknown name 'nope'; choose from code, "),
     ],
 )
 def test_bad_flags_are_one_line(flags, words):
@@ -236,29 +236,37 @@ def test_code_is_the_library_with_its_modules_shuffled_the_same_each_time(tmp_pa
     assert all(Path(module).read_bytes().replace(b"\r\n", b"\n") in one for module in modules)
 
 
-def runs(*losses):
-    return {seed: ({}, [{"val_loss": loss}]) for seed, loss in enumerate(losses, start=1)}
-
-
 def test_intervals_are_students_with_a_pooled_spread_and_one_seed_has_none():
     for df, t in ((1, 12.706), (2, 4.303), (10, 2.228), (60, 2.000)):
         assert reproduce.t95(df) == pytest.approx(t, abs=1e-3)
-    models = {"a": runs(0.99, 1.01), "b": runs(1.98, 2.00, 2.02), "c": runs(0.5)}
-    s, df = reproduce.spread(models)
+    losses = {"a": [0.99, 1.01], "b": [1.98, 2.00, 2.02], "c": [0.5]}
+    s, df = reproduce.spread(losses)
     assert df == 3 and s == pytest.approx((4 / 3) ** 0.5)  # squares: 1 + 1 and 1 + 0 + 1
     half = 3.182 * s * (1 / 2 + 1 / 3) ** 0.5
-    assert reproduce.over(models, "b", "a") == f"+100.00 ± {half:.2f} (3)"
-    assert reproduce.over(models, "c", "a") == "-50.00 (1)"
-    assert reproduce.over(models, "a", "d") == "-"
-    random = {**models, reproduce.RANDOM: runs(1.0, 9.0)}  # its seeds have other shifts
+    assert reproduce.over(losses, "b", "a") == f"+100.00 ± {half:.2f} (3)"
+    assert reproduce.over(losses, "c", "a") == "-50.00 (1)"
+    assert reproduce.over(losses, "a", "d") == "-"
+    random = {**losses, reproduce.RANDOM: [1.0, 9.0]}  # its seeds have other shifts
     assert reproduce.spread(random) == (s, df)
 
 
 def test_the_row_shown_has_runs_on_most_texts_and_then_the_lowest_loss():
-    base = {"softmax-rope": runs(1.0), "softmax-100": runs(0.9)}
-    logs = {
-        "code": {**base, "ab-in": runs(0.8), "linrec": runs(0.85), "window": runs(0.1)},
-        "tinystories": {**base, "ab-in": runs(1.0), "linrec": runs(0.7)},
+    base = {"softmax-rope": [1.0], "softmax-100": [0.9]}
+    texts = {
+        "code": {**base, "ab-in": [0.8], "linrec": [0.85], "window": [0.1]},
+        "tinystories": {**base, "ab-in": [1.0], "linrec": [0.7]},
     }
     assert reproduce.plain(base) == "softmax-100"
-    assert reproduce.best(logs, ("ab-in", "linrec", "window")) == "linrec"
+    assert reproduce.best(texts, ("ab-in", "linrec", "window")) == "linrec"
+
+
+def test_recall_is_told_by_the_median_seed_at_the_best_rate():
+    ends = {1e-3: [(300, 1.0), (900, 1.0), (2000, 0.5)], 2e-3: [(400, 1.0), (500, 1.0), (600, 1.0)]}
+    rows = [
+        {"model": "ab", "size": 4, "lr": lr, "seed": seed, "step": step, "accuracy": right}
+        for lr, last in ends.items()
+        for seed, (step, right) in enumerate(last)
+    ]
+    assert "| `ab` | 500 (0.002; 3) |" in reproduce.recall_table(rows)
+    never = [row for row in rows if row["accuracy"] < 1]
+    assert "| `ab` | never: 0.50 (1) |" in reproduce.recall_table(never)
