@@ -225,13 +225,13 @@ def draw_dependence(figure, seen, average):
     for axes, ((mixers, kind), strength) in zip(panels.flat, seen.items(), strict=True):
         ones = np.array([k.bit_count() for k in range(len(strength))])  # layers that must shift
         axes.set(title=f"{mixers}, {kind}", yscale="log", ylim=(1e-5, 3))
-        for n in range(6):
-            some, colors = ones == n, [BLUE, SKY, GREEN, AMBER, ORANGE, PINK]
-            color = colors[n] if mixers == "ab" else GREY
-            y = strength[some] / strength.max()
-            axes.scatter(np.flatnonzero(some), y, color=color, s=22, label=n, zorder=3)
+        for n, color in enumerate([BLUE, SKY, GREEN, AMBER, ORANGE, PINK, GREY]):
+            some = np.flatnonzero(ones == n)
+            color = color if mixers == "ab" else GREY
+            label = n if n < 6 else None
+            axes.scatter(some, (strength / max(strength))[some], color=color, s=22, label=label)
         if (mixers, kind) == ("softmax", "random"):
-            axes.plot(average / average.max(), color="black", lw=1, label="equal weights")
+            axes.plot(average / max(average), color="black", lw=1)
             axes.text(2, 2e-4, "black: layers that weigh\nall they see alike", fontsize=9)
     panels[0, 0].text(33, 1e-3, "nothing from here on:\nthe reach is 31", fontsize=9)
     panels[1, 0].legend(title="shifts on the path", ncols=2, fontsize=8, title_fontsize=8)
