@@ -12,6 +12,7 @@ the grid (reproduce.py), and train them if their checkpoints are not in out/repr
 terminals each takes the next free log.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -182,7 +183,7 @@ def without(model, taps):
 
 
 def taps(seed):
-    """Validation loss without each tap; without all taps of s or more; with all of them."""
+    """Validation loss without all taps of s tokens or more; with all of them (an infinite s)."""
     for name in TAPPED:
         model, windows = trained("shakespeare", name, seed)
         config, starts = model.config, windows.evenly(50_000)
@@ -192,17 +193,12 @@ def taps(seed):
             for head in range(config.n_head)
         }
         cuts = [2**i for i in range((config.block_size - 1).bit_length())]
-        sets = [("none", 0, [])]
-        sets += [("from", cut, [tap for tap, s in every.items() if s >= cut]) for cut in cuts]
-        sets += [("one", s, [tap]) for tap, s in every.items()]
-        for kind, shift, silent in tqdm(sets, desc=name):
-            hooks = without(model, silent)
-            loss = losses(model, windows, starts).mean().item()
+        for shift in tqdm([*cuts, math.inf], desc=name):
+            hooks = without(model, [tap for tap, s in every.items() if s >= shift])
+            row = {"model": name, "kind": "from" if shift < math.inf else "none", "shift": shift}
+            yield {**row, "loss": losses(model, windows, starts).mean().item()}
             for hook in hooks:
                 hook.remove()
-            layer, head = silent[0] if kind == "one" else (None, None)
-            row = {"model": name, "kind": kind, "shift": shift, "layer": layer, "head": head}
-            yield {**row, "loss": loss}
 
 
 # ---- Pictures, from the rows of logs -------------------------------------------------------------
@@ -227,55 +223,40 @@ def draw_recall(rows, figure):
 
 
 def draw_positions(rows, figure):
-    """Loss by context, and how far from the first softmax; means over seeds."""
-    left, right = figure.subplots(1, 2)
-    by_model = {}
+    """How far over plain softmax, by context; means over seeds."""
+    panel, by_model = figure.subplots(), {}
     for row in rows:
         spans = by_model.setdefault(row["model"], {})
         spans.setdefault((row["first"], row["last"]), []).append(row["loss"])
-    base = next(name for name in ("softmax-rope", "softmax-100") if name in by_model)
-    zero = [mean(values) for values in by_model[base].values()]
+    base = next(name for name in ("softmax-100", "softmax-rope") if name in by_model)
     for name, (colour, style) in zip(by_model, reproduce.STYLES.values(), strict=False):
         middle = [(first * last) ** 0.5 for first, last in by_model[name]]
-        loss = [mean(values) for values in by_model[name].values()]
-        left.plot(middle, loss, style, color=colour, label=name)
-        over = [100 * (a / b - 1) for a, b in zip(loss, zero, strict=True)]
-        right.plot(middle, over, style, color=colour)
-    left.set(ylabel="validation loss, nats a token")
-    left.legend(fontsize=8)
-    right.set(ylabel=f"% over {base}")
-    for panel in (left, right):
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.set(xlabel="tokens of context")
-        panel.grid(alpha=0.3)
+        pairs = zip(by_model[name].values(), by_model[base].values(), strict=True)
+        over = [100 * (mean(one) / mean(zero) - 1) for one, zero in pairs]
+        panel.plot(middle, over, style, color=colour, label=name)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set(xlabel="tokens of context", ylabel=f"loss, % over {base}")
+    panel.grid(alpha=0.3)
+    panel.legend()
 
 
 def draw_taps(rows, figure):
-    """How much higher the loss is without a tap, and without all of a shift or more. Seed 1."""
-    panels = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    for panel, name, colour in zip(panels, TAPPED, ("#0072b2", "#d55e00"), strict=False):
-        mine = [row for row in rows if row["model"] == name and row["seed"] == 1]
-        whole = next(row["loss"] for row in mine if row["kind"] == "none")
-        ones = {(r["layer"], r["head"]): r for r in mine if r["kind"] == "one"}
-        gain = np.zeros(np.add(max(ones), 1))
-        for place, row in ones.items():
-            gain[place] = row["loss"] - whole
-        panel.imshow(gain, origin="lower", cmap="Blues", vmin=0, aspect="auto")
-        for (layer, head), row in ones.items():
-            dark = "white" if gain[layer, head] > 0.6 * gain.max() else "black"
-            text = f"s={row['shift']}\n{gain[layer, head]:+.3f}"
-            panel.text(head, layer, text, ha="center", va="center", fontsize=7, color=dark)
-        panel.set(title=name, xlabel="head", ylabel="layer")
-        cuts = [(row["shift"], row["loss"]) for row in mine if row["kind"] == "from"]
-        panels[2].plot(*zip(*cuts, strict=True), "o-", color=colour, label=name)
-        panels[2].axhline(whole, color=colour, ls=":")
-    panels[2].set_xscale("log", base=2)
-    panels[2].xaxis.set_major_formatter("{x:g}")
-    panels[2].set(xlabel="all taps of this shift or more silent (dotted: none)")
-    panels[2].set(ylabel="validation loss, nats a character")
-    panels[2].grid(alpha=0.3)
-    panels[2].legend(fontsize=8)
+    """Loss without the taps of a shift or more, and with all (dotted). Seed 1."""
+    panel = figure.subplots()
+    for name, colour in zip(TAPPED, ("#0072b2", "#d55e00"), strict=True):
+        kinds = {"none": [], "from": []}
+        for row in rows:
+            if row["model"] == name and row["seed"] == 1 and row["kind"] in kinds:
+                kinds[row["kind"]].append((row["shift"], row["loss"]))
+        panel.plot(*zip(*kinds["from"], strict=True), "o-", color=colour, label=name)
+        panel.axhline(kinds["none"][0][1], color=colour, ls=":")
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set(xlabel="all taps of this shift or more silent (dotted: none)")
+    panel.set(ylabel="validation loss, nats a character")
+    panel.grid(alpha=0.3)
+    panel.legend()
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -287,9 +268,9 @@ PARTS = {  # name: (log -> how its rows are measured, given the seed; picture; i
         draw_recall,
         (14, 4),
     ),
-    "positions": ({"positions": positions}, draw_positions, (11, 4)),
-    "positions-512": ({"positions-512": LONG}, draw_positions, (11, 4)),
-    "taps": ({"taps": taps}, draw_taps, (15, 5)),
+    "positions": ({"positions": positions}, draw_positions, (7, 4.5)),
+    "positions-512": ({"positions-512": LONG}, draw_positions, (7, 4.5)),
+    "taps": ({"taps": taps}, draw_taps, (7, 4.5)),
 }
 
 

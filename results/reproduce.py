@@ -2,7 +2,7 @@
 
     python results/reproduce.py --list          what there is to train, and what is done
     python results/reproduce.py                 train what is missing: many hours (README.md here)
-    python results/reproduce.py --only hybrid-deep,softmax-100 --corpora code --seeds 1
+    python results/reproduce.py --corpora code --only linrec window --seeds 1
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
     python results/reproduce.py --again results/logs/cpu/code.ab-in.4000.s1.jsonl
                                                 train once more what a log says; the same numbers?
@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import numpy as np
 import torch
@@ -222,14 +223,15 @@ def make_run(setting, row, seed, out="out/reproduce"):
     return made
 
 
-def make_runs(settings, rows=(), seeds=0, out="out/reproduce"):
+def make_runs(settings=(), rows=(), seeds=0, out="out/reproduce"):
     """The runs asked for, in the order of seeds: cut off early, each row has the same number."""
+    chosen = {name: SETTINGS[name] for name in (settings or SETTINGS)}
     return [
         make_run(name, row, seed, out)
-        for seed in range(1, 1 + (seeds or max(SETTINGS[name].seeds for name in settings)))
-        for name in settings
-        for row in SETTINGS[name].rows
-        if row in (rows or ROWS) and seed <= (seeds or SETTINGS[name].seeds)
+        for seed in range(1, 1 + (seeds or max(setting.seeds for setting in chosen.values())))
+        for name, setting in chosen.items()
+        for row in setting.rows
+        if row in (rows or ROWS) and seed <= (seeds or setting.seeds)
         if row != "hybrid-b0" or seed == 1
     ]
 
@@ -345,24 +347,29 @@ def again(path, out):
 PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
 RANDOM = "ab-in-random"  # a row of recipe 2 whose shifts were other ones for each seed
 TEXTS = ("shakespeare", "code", "tinystories")  # the columns of the README's table
-KINDS = {  # its rows
-    "GPT-2's softmax, learned positions": ("softmax-learned",),
-    "the best plain softmax": PLAIN,
-    "the best softmax with a shift": ("shift-softmax", "shift-softmax-100", "shifts-softmax"),
-    "HSM alone": ("ab-in",),
-    "the best neighbour without full attention": ("linrec", "window"),
-    "the best hybrid of HSM and softmax": ("hybrid-deep", "hybrid-shift"),
+FOUND = {  # its rows
+    "GPT-2's softmax: learned positions": "softmax-learned",
+    "softmax, rotary, base 10,000": "softmax-rope",
+    "softmax, rotary, base 100": "softmax-100",
+    "softmax with a shift of one token": "shift-softmax",
+    "the same, base 100": "shift-softmax-100",
+    "HSM alone": "ab-in",
+    "a gated linear recurrence alone": "linrec",
+    "HSM and softmax": "hybrid-deep",
+    "HSM and softmax with the shift": "hybrid-shift",
 }
 
 
 def read_logs(folder):
-    """setting -> row -> [(head, rows), ..], a seed each."""
+    """setting -> row -> [(head, rows), ..], a seed each; recipe 2's trials and rates as well."""
     logs = {}
-    for path in sorted((folder / "cpu").glob("*.jsonl")):
-        setting, row, _, seed = path.stem.rsplit(".", 3)
+    paths = [path for name in ("cpu", "tried", "sweep") for path in (folder / name).glob("*.jsonl")]
+    for path in sorted(paths, key=lambda path: path.name):
+        setting, row, steps, seed = path.stem.rsplit(".", 3)
         known = setting in SETTINGS and row in SETTINGS[setting].rows
         log = read_log(path, make_run(setting, row, int(seed[1:])) if known else None)
         if log:
+            setting += f"-{steps}" if steps == "1000" and "-lr-" in setting else ""
             logs.setdefault(setting, {}).setdefault(row, []).append(log)
     return logs
 
@@ -411,17 +418,6 @@ def plain(losses):
     return min({*PLAIN} & {*losses}, key=lambda name: mean(losses[name]), default=None)
 
 
-def best(texts, names):
-    """Of some rows the one with runs on most texts, then the lowest distance to plain softmax."""
-
-    def rank(name):
-        there = [losses for losses in texts.values() if name in losses and plain(losses)]
-        ratios = [mean(losses[name]) / mean(losses[plain(losses)]) for losses in there]
-        return -len(there), mean(ratios or [math.inf])
-
-    return min(names, key=rank)
-
-
 def table(*rows):
     """Lines of Markdown; the first row is the head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
@@ -429,14 +425,13 @@ def table(*rows):
 
 
 def found_table(logs):
-    """The README's: a row a kind, a column a text, % over the best plain rotary softmax."""
-    texts = {text: ends(logs.get(text, {})) for text in TEXTS}
-    rows = [("model", "row", *TEXTS)]
-    for kind, names in KINDS.items():
-        name = best(texts, names)
-        cells = [over(losses, name, plain(losses)) for losses in texts.values()]
-        rows.append((kind, f"`{name}`", *cells))
-    return table(*rows)
+    """The README's: a row a model, a column a text, % over the best plain rotary softmax."""
+    texts = [ends(logs.get(text, {})) for text in TEXTS]
+    rows = [
+        (about, f"`{name}`", *(over(losses, name, plain(losses)) for losses in texts))
+        for about, name in FOUND.items()
+    ]
+    return table(("model", "row", *TEXTS), *rows)
 
 
 def differs(fields):
@@ -465,20 +460,6 @@ def setting_section(setting, models):
     columns = ("row", "model", "parameters", "rate", "seeds", "loss, nats a token", "bits a byte")
     columns += (f"% over `{base}`", "minutes")
     return [f"## {setting}", "", about, "", *table(columns, *rows)]
-
-
-def tried_section(folder):
-    """Recipe 2's trials and its sweep of rates, one seed for the most part, as the logs tell it."""
-    losses = {}
-    for path in sorted([*folder.glob("tried/*.jsonl"), *folder.glob("sweep/*.jsonl")]):
-        if log := read_log(path):
-            setting, row, steps, _ = path.stem.rsplit(".", 3)
-            text, lr = setting.split("-lr-")[0], log[0]["train"]["lr"]
-            key = (text, f"`{row}`", differs(log[0]["model"]), lr, steps)
-            losses.setdefault(key, []).append(log[1][-1]["val_loss"])
-    rows = [(*key, len(each), f"{mean(each):.4f}") for key, each in sorted(losses.items())]
-    columns = ("text", "row", "model", "rate", "steps", "seeds", "loss, nats a token")
-    return ["## Tried on the way, recipe 2", "", *table(columns, *rows)]
 
 
 def recall_table(rows):
@@ -574,22 +555,14 @@ number of seeds. One seed gets no interval, and allows no claim.
 class ReproduceConfig:
     """What the command line takes."""
 
-    only: str = ""  # names of rows, comma-separated; --list shows them
-    corpora: str = ""  # names of settings, comma-separated: "code", "code-512" ..
+    corpora: tuple[Literal[tuple(SETTINGS)], ...] = ()  # by default all
+    only: tuple[Literal[tuple(ROWS)], ...] = ()  # rows; by default all
     seeds: int = 0  # seeds 1 .. N; 0: the setting's own number
     dir: str = str(HERE)  # where logs/, table.md and pictures lie
     out: str = "out/reproduce"  # where runs keep their checkpoints
     table_only: bool = False  # train nothing
     list: bool = False  # show the runs and how far each is, and do nothing
     again: str = ""  # a log: train this once more, and compare
-
-
-def names(text, known):
-    """Comma-separated names; all that are known where there is none."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in found if name not in known]:
-        raise BadInput(f"unknown name {unknown[0]!r}; choose from {', '.join(known)}")
-    return found or list(known)
 
 
 def between_marks(path, name, lines):
@@ -604,11 +577,10 @@ def between_marks(path, name, lines):
 def write_tables(folder):
     """table.md, the pages' tables and the picture, from the logs in folder/logs."""
     logs = read_logs(folder / "logs")
-    known = [name for name in SETTINGS if name in logs]
-    lines = [line for name in known for line in setting_section(name, logs[name])]
-    lines += tried_section(folder / "logs")
+    order = [*(name for name in SETTINGS if name in logs), *sorted(set(logs) - set(SETTINGS))]
+    lines = [line for name in order for line in setting_section(name, logs[name])]
     write_text(folder / "table.md", "\n".join([HEAD, *lines]).rstrip() + "\n")
-    if any(plain(logs.get(text, {})) for text in TEXTS):
+    if any(plain(ends(logs.get(text, {}))) for text in TEXTS):
         save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
         for page in (folder / "README.md", folder.parent / "README.md"):
             between_marks(page, "found", found_table(logs))
@@ -618,8 +590,7 @@ def write_tables(folder):
 def main(arguments=None):
     config = parse(ReproduceConfig, arguments, "Train the grid of models; write its tables.")
     folder, logs = Path(config.dir), Path(config.dir) / "logs" / "cpu"
-    chosen = names(config.corpora, SETTINGS), names(config.only, ROWS)
-    runs = make_runs(*chosen, config.seeds, config.out)
+    runs = make_runs(config.corpora, config.only, config.seeds, config.out)
     torch.set_num_threads(1)  # small models: a core each, and the same sums everywhere
     if config.again:
         return again(Path(config.again), config.out)
