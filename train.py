@@ -1,18 +1,15 @@
 """Train a GPT of hsm.py on the token numbers of prepare_data.py.
 
-    python train.py                          the quick preset: minutes on two cores
-    python train.py --mixers ab --out out/ab the same without any attention
-    python train.py shakespeare              a preset for one GPU
-    python train.py --resume                 go on where the last run stopped
+    python train.py                           the quick preset: minutes on two cores
+    python train.py --mixers ab --out out/ab  the same without any attention
+    python train.py shakespeare               a preset for one GPU
+    python train.py --resume                  go on where the last run stopped
 
-The batch of step n is windows of DIR/train.bin at random places that depend on the seed and n
-alone, so a resumed run sees what an undisturbed one would have seen. Every evaluation takes the
-same windows of DIR/val.bin and writes OUT/ckpt.pt (the last state), OUT/best.pt (the lowest
-validation loss) and OUT/log.jsonl; the end adds OUT/loss.png and a sample. From a notebook:
-    result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
+The batch of step n and its dropout depend on the seed and n alone, so a resumed run is the one that
+was never stopped. An evaluation takes the same windows of DIR/val.bin each time, and saves.
+From a notebook:  result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
 """
 
-import argparse
 import io
 import json
 import math
@@ -20,10 +17,10 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import zipfile
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections import namedtuple
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,7 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import prepare_data
@@ -78,46 +76,38 @@ class TrainConfig:
     def __post_init__(self):
         least = dict.fromkeys(("steps", "batch_size", "grad_accum", "eval_interval"), 1)
         least |= dict.fromkeys(("warmup", "sample_tokens", "seed", "threads", "grad_clip"), 0)
-        least |= {"weight_decay": 0, "lr_end": 0, "lr": 1e-30, "eval_tokens": self.model.block_size}
-        for name, low in least.items():
-            high = 2**20 if name in ("batch_size", "grad_accum") else 2**40
+        least |= {"weight_decay": 0, "lr_end": 0, "beta2": 0, "lr": 1e-30}
+        for name, low in (least | {"eval_tokens": self.model.block_size}).items():
+            high = {"beta2": 0.99999, "batch_size": 2**20, "grad_accum": 2**20}.get(name, 2**40)
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"{name} must be {low} .. {high:,}, not {getattr(self, name)}")
-        if not 0 <= self.beta2 < 1:
-            raise BadInput(f"beta2 must be in [0, 1), not {self.beta2}")
 
 
 LONG = {"steps": 4000, "lr": 4e-3, "eval_interval": 400}
-PRESETS = {
-    name: TrainConfig(shape(**model), out=f"out/{name}", **settings)
-    for name, model, settings in (
-        ("quick", {}, {}),
-        # The best hybrid and the best HSM alone of the grid in results/README.md.
-        ("deep", {"n_layer": 9, "mixers": "vec,vec,softmax", "proj": False, "d_ff": 256}, LONG),
-        ("pure", {"mixers": "ab", "in_proj": True, "n_head": 8}, LONG),
-        (
-            "shakespeare",
-            {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2},
-            {"steps": 5000, "batch_size": 64, "lr": 1e-3, "eval_interval": 250},
-        ),
-        (
-            "tinystories",
-            {"block_size": 512, "n_layer": 8, "n_head": 8, "n_embd": 512},
-            {"data": "data/tinystories_gpt2", "steps": 10_000, "batch_size": 64, "lr": 1e-3}
-            | {"warmup": 500, "eval_interval": 500, "eval_tokens": 500_000},
-        ),
-        (
-            "openwebtext",
-            {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
-            {"data": "data/openwebtext_gpt2", "steps": 20_000, "grad_accum": 30, "lr": 6e-4}
-            | {"warmup": 700, "beta2": 0.95, "eval_interval": 500, "eval_tokens": 1_000_000},
-        ),
-    )
+BIG = {"warmup": 500, "eval_interval": 500, "eval_tokens": 500_000}
+PRESETS = {  # the model, where it differs from shape(), and the training, where from TrainConfig()
+    "quick": ({}, {}),
+    # The best hybrid and the best HSM alone of the grid in results/README.md.
+    "deep": ({"n_layer": 9, "mixers": "vec,vec,softmax", "proj": False, "d_ff": 256}, LONG),
+    "pure": ({"mixers": "ab", "in_proj": True, "n_head": 8}, LONG),
+    "shakespeare": (
+        {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2},
+        {"steps": 5000, "batch_size": 64, "lr": 1e-3, "eval_interval": 250},
+    ),
+    "tinystories": (
+        {"block_size": 512, "n_layer": 8, "n_head": 8, "n_embd": 512},
+        {**BIG, "data": "data/tinystories_gpt2", "steps": 10_000, "batch_size": 64, "lr": 1e-3},
+    ),
+    "openwebtext": (
+        {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
+        {**BIG, "data": "data/openwebtext_gpt2", "steps": 20_000, "grad_accum": 30, "lr": 6e-4},
+    ),
 }
+for name, (model, more) in PRESETS.items():
+    PRESETS[name] = TrainConfig(shape(**model), out=f"out/{name}", **more)
+
 
 # ---- Device, numbers, threads --------------------------------------------------------------------
-
-
 def pick_device(name="auto"):
     """A torch.device. Raises BadInput if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -140,24 +130,21 @@ def pick_dtype(name, device):
 def pick_threads():
     """All of PyTorch's threads, or 1 if that is faster just now, by a short trial.
 
-    The threads meet after each operator. Where another program has one of their cores they wait for
-    its turn to end, again and again, and training is many times slower than on one thread. The
-    number belongs to the run: another one rounds sums in another order.
+    The threads meet after each operator: where another program has one of their cores, they wait
+    for its turn to end. The number belongs to the run: another one rounds sums in another way.
     """
-    n_all, seconds = torch.get_num_threads(), {}
+    n_all, calls = torch.get_num_threads(), {}
     x, weight = torch.ones(2048, 64), torch.ones(64, 256)
     for n in (n_all, 1, n_all, 1):  # the first round wakes them up
         torch.set_num_threads(n)
-        began = time.perf_counter()
-        for _ in range(100):
+        calls[n], end = 0, time.perf_counter() + 0.05
+        while time.perf_counter() < end:
             torch.relu(x @ weight)
-        seconds[n] = time.perf_counter() - began
-    return 1 if seconds[1] < 0.8 * seconds[n_all] else n_all
+            calls[n] += 1
+    return 1 if calls[1] > 1.3 * calls[n_all] else n_all
 
 
 # ---- Checkpoints: tensors and plain types, so that loading one runs nobody's code ----------------
-
-
 def save_checkpoint(path, **items):
     """Write items (tensors, state dicts, plain types) to path, whole or not at all (BadInput)."""
     buffer = io.BytesIO()  # torch reports a full disk in a way of its own, Python by its name
@@ -174,7 +161,7 @@ def load_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             whole = file.testzip() is None
         items = torch.load(path, map_location=device, weights_only=True)
-        if not whole or not {"model", "config", "meta"} <= items.keys():
+        if not whole or not {"model", "config", "meta", "train"} <= items.keys():
             raise ValueError("damaged, or another program's")
     except Exception as error:  # zip, pickle and torch each have errors of their own
         raise BadInput(f"{path} is no checkpoint of ours, or it is damaged or cut off") from error
@@ -187,37 +174,28 @@ def model_from(checkpoint, device="cpu"):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, AttributeError, RuntimeError, BadInput) as error:
-        raise BadInput(f"the checkpoint does not fit this hsm.py: {first_line(error)}") from error
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"the checkpoint does not fit this hsm.py: {reason}") from error
     return model.to(device)
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 # ---- Data ----------------------------------------------------------------------------------------
-
-
 class Windows:
     """Windows of block_size + 1 tokens from one split of a prepared folder, read from the disk."""
 
     def __init__(self, folder, split, meta, block_size, device):
-        self.device, self.vocab_size, self.name = (
-            device,
-            meta["vocab_size"],
-            f"{folder}/{split}.bin",
-        )
         self.tokens, self.offsets = open_tokens(folder, split, meta), np.arange(block_size + 1)
+        self.device, self.vocab_size = device, meta["vocab_size"]
         self.n_starts = len(self.tokens) - block_size
         if self.n_starts < 1:
             words = f"too few for block_size={block_size}; choose a smaller one or a longer text"
-            raise BadInput(f"{self.name} has {len(self.tokens):,} tokens, {words}")
+            raise BadInput(f"{folder}/{split}.bin has {len(self.tokens):,} tokens, {words}")
 
     def at(self, starts):
         """starts: (B,) integers. Returns idx and targets, (B, T) int64 on the device."""
         window = self.tokens[starts[:, None] + self.offsets].astype(np.int64)  # (B, T + 1)
         if window.max() >= self.vocab_size:
-            raise BadInput(f"{self.name} has the token {window.max()}, beyond its vocabulary")
+            raise BadInput(f"the data have a token {window.max()}, beyond their vocabulary")
         window = torch.from_numpy(window).to(self.device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
@@ -241,13 +219,12 @@ def get_data(folder, is_prepared=False):
     """
     folder = Path(folder)
     corpus, _, tokenizer = folder.name.rpartition("_")
-    known = corpus in prepare_data.CORPORA and tokenizer in ("char", "byte", "gpt2")
-    if (folder / "meta.json").is_file() or not known:
+    if (folder / "meta.json").is_file() or corpus not in prepare_data.CORPORA:
         return folder, read_meta(folder)
     if is_prepared or folder.parent.name != "data":
         raise BadInput(f"there is no {folder} here; --data data/{folder.name} prepares itself")
-    print(f"{folder} is not prepared yet; preparing it")
     try:
+        print(f"{folder} is not prepared yet; preparing it")
         return folder, prepare_data.prepare(corpus, tokenizer=tokenizer, folder=folder)
     except BadInput as error:
         if corpus != "shakespeare" or (folder / "input.txt").is_file():
@@ -257,442 +234,297 @@ def get_data(folder, is_prepared=False):
 
 
 # ---- The run -------------------------------------------------------------------------------------
-
-
 def learning_rate(config, step):
     """Up in a line over the warm-up, then down a half cosine to lr_end of the highest."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    height = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    progress = min(1, (step - config.warmup) / max(1, config.steps - config.warmup))
+    height = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.lr_end + (1 - config.lr_end) * height)
 
 
 def make_optimizer(model, config, device):
     """AdamW. Matrices decay towards 0; a, b, norms and biases, which are no matrices, do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = [], []
+    for p in model.parameters():
+        (matrices if p.dim() >= 2 else vectors).append(p)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups += [{"params": vectors, "weight_decay": 0.0}]
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
-class Trainer:
-    """All that changes while a model trains: a checkpoint holds it all, so a run can go on.
+@contextmanager
+def catch_signals():
+    """Yield a list of the signals that came: Ctrl-C (a second ends at once), SIGTERM, SIGHUP."""
+    caught, before = [], {}
 
-    config: a TrainConfig whose vocab_size is known.  meta: of its data.  rank, n_ranks: which of
-    how many processes this is; each takes its share of every batch, and gradients are averaged.
-    """
-
-    def __init__(self, config, meta, device, rank=0, n_ranks=1):
-        self.config, self.meta, self.device, self.out = config, meta, device, Path(config.out)
-        self.rank, self.n_ranks, self.dtype = rank, n_ranks, pick_dtype(config.dtype, device)
-        if config.batch_size % n_ranks:
-            raise BadInput(f"batch_size={config.batch_size} does not divide by {n_ranks} processes")
-        T, on_cuda = config.model.block_size, device.type == "cuda"
-        self.data = Windows(config.data, "train", meta, T, device)
-        self.val = Windows(config.data, "val", meta, T, device)
-        torch.manual_seed(config.seed)
-        self.model = GPT(config.model).to(device)
-        try:
-            if config.fast or (config.fast is None and on_cuda):
-                use_fast(self.model)
-        except BadInput:
-            if config.fast:
-                raise
-        several = n_ranks > 1
-        self.replica = nn.parallel.DistributedDataParallel(self.model) if several else self.model
-        compiles = on_cuda if config.compile is None else config.compile
-        # It shares self.model's weights, whose names in a checkpoint are the plain ones.
-        self.compiled = torch.compile(self.replica) if compiles else self.replica
-        self.optimizer = make_optimizer(self.model, config, device)
-        # Here the scaler is a guard: it leaves a step out, without waiting for the device, if a
-        # gradient is not finite. Only in float16, whose numbers end at 65504 and at 6e-8, does it
-        # also scale the loss, up to just below the overflow.
-        scale, guards = 2.0**16 if self.dtype == torch.float16 else 1.0, device.type != "mps"
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=guards)
-        self.step, self.n_steps, self.history, self.best_loss = 0, 0, [], math.inf
-        # Sum and number of the losses since the last evaluation, and steps left out in a row: on
-        # the device, because each look at them waits for it.
-        self.running = torch.zeros(3, device=device)
-        self.seconds_before, self.began = 0.0, time.perf_counter()
-        torch.manual_seed(config.seed + rank)  # dropout differs between ranks
-
-    def loss(self, idx, targets):
-        """Mean loss of a batch, computed in self.dtype where that is safe (autocast)."""
-        mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
-            return self.compiled(idx, targets)[1]
-
-    def update(self):
-        """One step: gradients of grad_accum batches, clipped, then AdamW. Never waits."""
-        config, total = self.config, torch.zeros((), device=self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-        for i in range(config.grad_accum):
-            number = self.step * config.grad_accum + i
-            batch = self.data.batch(config.batch_size, config.seed, number, self.rank, self.n_ranks)
-            # Several processes average their gradients once a step, with the last batch.
-            more_to_come = self.n_ranks > 1 and i < config.grad_accum - 1
-            with self.replica.no_sync() if more_to_come else nullcontext():
-                loss = self.loss(*batch) / config.grad_accum
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        if self.scaler.is_enabled() or norm.isfinite():
-            self.scaler.step(self.optimizer)  # does nothing if a gradient is not finite
-        is_half = self.dtype == torch.float16
-        self.scaler.update(None if is_half else 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.n_steps = self.step + 1, self.n_steps + 1
-        good = (total if is_half else norm).isfinite()  # an overflow in float16 is the scaler's
-        loss_sum, n, in_a_row = self.running
-        loss_sum = loss_sum + torch.where(good, total, 0.0)
-        self.running = torch.stack([loss_sum, n + good, torch.where(good, 0.0, in_a_row + 1)])
-
-    def running_loss(self):
-        """Mean loss since the last evaluation, or nan. Waits. BadInput if ten steps are lost."""
-        running = self.running / self.n_ranks
-        if self.n_ranks > 1:
-            dist.all_reduce(running)
-        loss_sum, n, in_a_row = running.tolist()
-        if in_a_row >= 10:  # that does not mend itself
-            raise BadInput(
-                f"the gradients were not finite {in_a_row:.0f} steps in a row, up to {self.step}; "
-                f"{self.out}/ckpt.pt is from before. Try a smaller --lr or --dtype float32"
-            )
-        return loss_sum / n if n else math.nan
-
-    @torch.no_grad()
-    def val_loss(self):
-        """Mean loss over the fixed validation windows, in nats a token."""
-        starts, total = self.val.evenly(self.config.eval_tokens), 0.0
-        self.model.eval()
-        for i in range(0, len(starts), self.config.batch_size):
-            some = starts[i : i + self.config.batch_size]
-            total += self.loss(*self.val.at(some)) * len(some)
-        self.model.train()
-        return total.item() / len(starts)
-
-    def speed(self):
-        """Seconds of the run, and tokens a second in this process; evaluations included."""
-        seconds, config = time.perf_counter() - self.began, self.config
-        tokens = self.n_steps * config.grad_accum * config.batch_size * config.model.block_size
-        return self.seconds_before + seconds, tokens / seconds
-
-    def evaluate(self):
-        """Measure and save. Returns the new row of log.jsonl."""
-        train_loss, val_loss = self.running_loss(), self.val_loss()
-        if not math.isfinite(val_loss) or not all(
-            p.isfinite().all() for p in self.model.parameters()
-        ):
-            words = f"{self.out}/ckpt.pt is from before. Try a smaller --lr"
-            raise BadInput(f"the loss or the weights are not finite at step {self.step}; {words}")
-        elapsed, tokens_per_s = self.speed()
-        row = {
-            "step": self.step,
-            "train_loss": None if math.isnan(train_loss) else train_loss,
-            "val_loss": val_loss,
-            "val_bpb": bits_per_byte(val_loss, self.meta),
-            "lr": learning_rate(self.config, max(0, self.step - 1)),
-            "tokens_per_s": round(tokens_per_s),
-            "elapsed_s": round(elapsed, 2),
-        }
-        self.history.append(row)
-        self.running[:2] = 0
-        is_best = val_loss < self.best_loss or not (self.out / "best.pt").is_file()
-        self.best_loss = min(val_loss, self.best_loss)
-        if self.rank == 0:
-            with atomic_write(self.out / "log.jsonl") as path:
-                path.write_text("".join(f"{json.dumps(r)}\n" for r in self.history), "utf-8")
-            if is_best:
-                save_checkpoint(self.out / "best.pt", **self.checkpoint_dict())
-            self.save()
-        return row
-
-    def checkpoint_dict(self):
-        """The model and where it comes from, in plain types: all that sampling needs."""
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        config = asdict(settings.pop("model"))
-        more = {"step": self.step, "best_loss": self.best_loss, "meta": self.meta}
-        return {"model": self.model.state_dict(), "config": config, "train": settings, **more}
-
-    def save(self):
-        """Write OUT/ckpt.pt: what sampling needs, and all that training goes on from."""
-        save_checkpoint(
-            self.out / "ckpt.pt",
-            **self.checkpoint_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            history=self.history,
-            running=self.running.cpu(),
-            seconds=self.speed()[0],
-            rng=torch.get_rng_state(),  # dropout draws from it
-            rng_cuda=torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-        )
-
-    def load(self, checkpoint):
-        """Become the trainer that was saved. BadInput if its model or data are not these."""
-        for name, value in asdict(self.config.model).items():
-            old = checkpoint["config"].get(name, value)
-            if old != value and name != "dropout":
-                words = f"has {name}={old}, not {value}: a resumed model keeps its shape"
-                raise BadInput(f"the run in {self.out} {words}; choose another --out")
-        if checkpoint["meta"] != self.meta:
-            raise BadInput(f"the run in {self.out} had other data than {self.config.data} has now")
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.scaler.is_enabled() and checkpoint["scaler"]:
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            if self.rank:  # only rank 0 saves; the others' dropout goes on with new numbers
-                torch.manual_seed(self.config.seed + self.rank + 1000 * checkpoint["step"])
-            else:
-                torch.set_rng_state(checkpoint["rng"])
-                if self.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
-                    torch.cuda.set_rng_state(checkpoint["rng_cuda"])
-            self.step, self.history = checkpoint["step"], checkpoint["history"]
-            self.best_loss, self.seconds_before = checkpoint["best_loss"], checkpoint["seconds"]
-            self.running += checkpoint["running"].to(self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise BadInput(f"{self.out}/ckpt.pt is not whole: {first_line(error)}") from error
-
-
-class Stop:
-    """Ctrl-C, SIGTERM and a closed terminal end the run after the step; Ctrl-C twice, at once.
-
-    A context manager. signal: the number of the signal that came, or 0.
-    """
-
-    def __enter__(self):
-        self.signal, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():  # others may have no handlers
-            for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-                number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number, _):
-        if number == self.signal == signal.SIGINT and "RANK" not in os.environ:
+    def handle(number, _):
+        if number == signal.SIGINT and number in caught and "RANK" not in os.environ:
             raise KeyboardInterrupt  # torchrun repeats a Ctrl-C by itself; a person means it
-        self.signal = number
+        caught.append(number)
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Unbreakable:
-    """A text stream whose reader may go, or whose disk may be full: then its text goes nowhere."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextmanager
-def out_folder(out, resume):
-    """Make and lock OUT, and move an earlier run's files to OUT/previous."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        with suppress(ValueError):  # a thread beside the main one has no handlers
+            before[name] = signal.signal(getattr(signal, name), handle)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock").acquire(timeout=0)  # dropped when this process ends
-    except Timeout as error:
-        raise BadInput(f"another training writes to {out} now; choose another --out") from error
-    except OSError as error:
-        raise BadInput(f"cannot write to {out} ({error}); choose another --out") from error
-    with lock:
-        names = ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")
-        for path in [] if resume else [out / name for name in names if (out / name).exists()]:
-            (out / "previous").mkdir(exist_ok=True)
-            os.replace(path, out / "previous" / path.name)
-            print(f"the earlier {path} is now in {out / 'previous'}")
-        yield
-
-
-@contextmanager
-def init_distributed(device):
-    """Join the processes that torchrun started, each with its GPU if there are any; yields it."""
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-        dist.barrier()  # nobody leaves while another still works
-    except RuntimeError as error:
-        words = f"another process of this training has ended ({first_line(error)})"
-        raise BadInput(f"{words}; start again with --resume") from error
+        yield caught
     finally:
-        dist.destroy_process_group()
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
-def loop(trainer, stop):
-    """Update and evaluate until the last step, 0, or until a signal came, its number."""
-    config, rank, signal_number = trainer.config, trainer.rank, 0
-    shows = {"mininterval": 0.3, "dynamic_ncols": True, "disable": True if rank else None}
-    with tqdm(total=config.steps, initial=trainer.step, unit="step", **shows) as bar:
-        while True:
-            last = trainer.history[-1]["step"] if trainer.history else -1
-            ends = trainer.step >= config.steps
-            if last < trainer.step and (ends or trainer.step % config.eval_interval == 0):
-                row, seconds = trainer.evaluate(), time.perf_counter() - trainer.began
-                left = (config.steps - trainer.step) * seconds / max(1, trainer.n_steps)
-                bar.write(
-                    f"step {row['step']:6,}: loss {row['train_loss'] or math.nan:.4f}, validation "
-                    f"{row['val_loss']:.4f} nats a token, {row['val_bpb']:.4f} bits a byte; "
-                    f"{row['tokens_per_s']:,} tokens/s, {left:.0f} s left"
-                )
-            if trainer.step % 10 == 0 or trainer.n_ranks == 1:  # asking the others waits
-                signal_number = stop.signal
-                if trainer.n_ranks > 1:
-                    numbers = torch.tensor(signal_number, device=trainer.device)
-                    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-                    signal_number = numbers.item()
-            if ends or signal_number:
-                if signal_number and rank == 0:
-                    trainer.save()  # before any word, which may have nowhere to go
-                return 0 if ends else signal_number
-            trainer.update()
-            bar.update()
-            if trainer.step % 10 == 0:  # each look waits for the device
-                words = f"loss {trainer.running_loss():.3f}, {trainer.speed()[1]:,.0f} tokens/s"
-                bar.set_postfix_str(words, refresh=False)
+def say(text):
+    """Print; where nobody can read it any more (a closed pipe, a full disk), that is no error."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@dataclass
-class Result:
-    """What train() gives back. history: the rows of log.jsonl, a dict an evaluation."""
+BEFORE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
+# What train() gives back. history: the rows of log.jsonl; best_loss, best_bpb: nats a token, bits a
+# byte; stopped_by: 0, or the number of the signal that stopped it.
+Result = namedtuple("Result", "model tokenizer history best_loss best_bpb seconds out stopped_by")
 
-    model: GPT
-    tokenizer: Tokenizer
-    history: list
-    best_loss: float  # nats a token
-    best_bpb: float  # bits a byte
-    seconds: float
-    out: Path
-    stopped_by: int  # 0: it came to its end; else the signal's number
+
+@torch.no_grad()
+def mean_loss(model, compiled, windows, config):
+    """Mean loss over the same validation windows each time, in nats a token."""
+    starts, total, n = windows.evenly(config.eval_tokens), 0.0, config.batch_size
+    model.eval()
+    for some in np.split(starts, range(n, len(starts), n)):
+        total += compiled(*windows.at(some))[1] * len(some)
+    model.train()
+    return total.item() / len(starts)
 
 
 def train(config, saved=None):
     """Train as config (a TrainConfig) says, write into config.out, and return a Result.
 
-    saved: the checkpoint to go on from, where it is loaded already. Raises BadInput for what the
-    person can put right: data, device, folder, checkpoint. Started by torchrun, this is one of
-    several processes that train one model; rank 0 writes and speaks.
+    saved: the checkpoint to go on from, if it is loaded already. Raises BadInput for what a person
+    can put right. Of several processes (torchrun) rank 0 writes and speaks.
     """
     rank, n_ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out, device = Path(config.out), pick_device(config.device)
-    pick_dtype(config.dtype, device)  # complains, if it must, before any work
+    on_cuda, dtype = device.type == "cuda", pick_dtype(config.dtype, device)
+    if config.batch_size % n_ranks:
+        raise BadInput(f"batch_size={config.batch_size} does not divide by {n_ranks} processes")
     if config.resume and saved is None:
         saved = load_checkpoint(out / "ckpt.pt")
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(Unbreakable(io.StringIO() if rank else sys.stdout)))
-        stack.enter_context(redirect_stderr(Unbreakable(sys.stderr)))
         if n_ranks > 1:
-            device = stack.enter_context(init_distributed(device))
-        for turn in range(n_ranks):  # rank 0 prepares the data, if need be, and the others find it
-            if turn == rank:
-                folder, meta = get_data(config.data, is_prepared=config.resume)
-            if n_ranks > 1:
-                dist.barrier()
-        vocab_size = config.model.vocab_size or meta["vocab_size"]
-        if vocab_size < meta["vocab_size"]:
-            raise BadInput(f"vocab_size={vocab_size} is less than the data's {meta['vocab_size']}")
-        model = replace(config.model, vocab_size=vocab_size)
-        config = replace(config, data=str(folder), model=model)
+            if rank == 0:  # it prepares the data, if need be, before the others go on
+                get_data(config.data, is_prepared=config.resume)
+            if on_cuda:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+            stack.callback(dist.destroy_process_group)
+        folder, meta = get_data(config.data, is_prepared=config.resume)
+        n_tokens = meta["vocab_size"]
+        shape = replace(config.model, vocab_size=config.model.vocab_size or n_tokens)
+        if shape.vocab_size < n_tokens:
+            raise BadInput(f"vocab_size={shape.vocab_size} is less than the data's {n_tokens}")
+        config, tokenizer = replace(config, data=str(folder), model=shape), Tokenizer(meta)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         config.threads = config.threads or pick_threads()
         torch.set_num_threads(config.threads)
-        tokenizer, trainer = Tokenizer(meta), Trainer(config, meta, device, rank, n_ranks)
+        data, val = (Windows(folder, s, meta, shape.block_size, device) for s in ("train", "val"))
+
+        torch.manual_seed(config.seed)
+        model = GPT(shape).to(device)
+        with nullcontext() if config.fast else suppress(BadInput):
+            if config.fast or (config.fast is None and on_cuda):
+                use_fast(model)
+        replica = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
+        compiles = on_cuda if config.compile is None else config.compile
+        # It shares the model's weights, whose names in a checkpoint are the plain ones.
+        compiled = torch.compile(replica) if compiles else replica
+        # Matrix products in dtype, where that is safe; the weights stay float32.
+        compiled = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(compiled)
+        optimizer = make_optimizer(model, config, device)
+        # Here the scaler is a guard: it leaves a step out, without waiting for the device, if a
+        # gradient is not finite. Only in float16, whose numbers end at 65504 and at 6e-8, does it
+        # also scale the loss, up to just below the overflow.
+        is_half, guards = dtype == torch.float16, device.type != "mps"
+        scale = 2.0**16 if is_half else 1.0
+        scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=guards)
+        # Sum and number of the losses since the last evaluation, and steps left out in a row: on
+        # the device, because each look at them waits for it.
+        running = torch.zeros(3, device=device)
+        step, history, best_loss, seconds_before = 0, [], math.inf, 0.0
         if saved is not None:
-            trainer.load(saved)
-            if trainer.step > config.steps:
-                raise BadInput(f"{out} is at step {trainer.step} already; give more --steps")
-            print(f"going on at step {trainer.step:,} of {config.steps:,}")
+            for name, value in asdict(shape).items():
+                old = saved["config"].get(name, value)
+                if old != value and name != "dropout":
+                    words = f"{name}={old}, not {value}: a resumed model keeps its shape"
+                    raise BadInput(f"the run in {out} has {words}; choose another --out")
+            if saved["meta"] != meta:
+                raise BadInput(f"the run in {out} had other data than {folder} has now")
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
+            running += saved["running"].to(device)
+            names = ("step", "history", "best_loss", "seconds")
+            step, history, best_loss, seconds_before = (saved[name] for name in names)
+        first_step, began = step, time.perf_counter()
+
+        def save(name):
+            """Write OUT/name: what sampling needs, and all that training goes on from."""
+            settings = {f.name: getattr(config, f.name) for f in fields(config)}
+            items = {"config": asdict(settings.pop("model")), "train": settings, "meta": meta}
+            items |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            items |= {"scaler": scaler.state_dict(), "running": running.cpu()}
+            items |= {"step": step, "history": history, "best_loss": best_loss}
+            seconds = seconds_before + time.perf_counter() - began
+            save_checkpoint(out / name, **items, seconds=seconds)
+
         if rank == 0:
-            stack.enter_context(out_folder(out, config.resume))
-        kernel = ", kernel" * any(getattr(b.mixer, "fast", False) for b in trainer.model.blocks)
-        name = f"{model.mixers}, {trainer.model.num_params():,} parameters without embeddings"
-        print(f"{name}; {folder} -> {out}; {device.type} x {n_ranks}, {trainer.dtype}{kernel}")
-        with Stop() as stop:
-            stopped_by = loop(trainer, stop)
-        best_bpb, seconds = bits_per_byte(trainer.best_loss, meta), trainer.speed()[0]
-        more = (trainer.history, trainer.best_loss, best_bpb, seconds, out, stopped_by)
-        result = Result(trainer.model, tokenizer, *more)
-        if rank == 0:
-            report(result, trainer, name)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(out / ".lock", timeout=0))
+            except OSError as error:
+                words = "or another training writes there; choose another --out"
+                raise BadInput(f"cannot write to {out} ({error}), {words}") from error
+            for name in () if config.resume else ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
+                if (out / name).exists():
+                    (out / "previous").mkdir(exist_ok=True)
+                    os.replace(out / name, out / "previous" / name)
+            size, what = f"{model.num_params():,} parameters", f"{device.type} x {n_ranks}, {dtype}"
+            say(f"{shape.mixers}, {size}; {folder} -> {out}; {what}, {config.threads} threads")
+        caught = stack.enter_context(catch_signals())
+        # In a terminal a bar; in a file there is a line an evaluation.
+        bar = tqdm(total=config.steps, initial=step, mininterval=0.3, disable=bool(rank) or None)
+        stack.callback(bar.close)
+        while True:
+            ends, last = step >= config.steps, history[-1]["step"] if history else -1
+            if last < step and (ends or step % config.eval_interval == 0):
+                loss_sum, n, _ = running.tolist()
+                val_loss = mean_loss(model, compiled, val, config)
+                if not math.isfinite(val_loss):
+                    raise BadInput(f"validation loss {val_loss} at step {step}{BEFORE}")
+                seconds = time.perf_counter() - began
+                tokens = (step - first_step) * config.grad_accum * config.batch_size
+                row = {"step": step, "train_loss": loss_sum / n if n else None}
+                row |= {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, meta)}
+                row |= {"lr": learning_rate(config, max(0, step - 1))}
+                row |= {"tokens_per_s": round(tokens * shape.block_size / seconds)}
+                row |= {"elapsed_s": round(seconds_before + seconds, 2)}
+                history.append(row)
+                running[:2] = 0
+                is_best = val_loss < best_loss or not (out / "best.pt").is_file()
+                best_loss = min(val_loss, best_loss)
+                if rank == 0:
+                    with atomic_write(out / "log.jsonl") as path:
+                        path.write_text("".join(f"{json.dumps(r)}\n" for r in history), "utf-8")
+                    for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
+                        save(name)
+                    left = (config.steps - step) * seconds / max(1, step - first_step)
+                    losses = f"loss {loss_sum / max(1, n):.4f}, validation {val_loss:.4f} nats a"
+                    speed = f"{row['tokens_per_s']:,} tokens/s, {left:.0f} s left"
+                    say(f"step {step:,}: {losses} token, {row['val_bpb']:.4f} bits a byte; {speed}")
+            number = max(caught, default=0)
+            if n_ranks > 1:  # it may have reached one process alone; asking the others waits
+                numbers = torch.tensor(number, device=device)
+                dist.all_reduce(numbers, dist.ReduceOp.MAX) if step % 10 == 0 else numbers.zero_()
+                number = numbers.item()
+            if number and not ends and rank == 0:
+                save("ckpt.pt")  # before any word, which may have nowhere to go
+            if number or ends:
+                break
+
+            # A step: gradients of grad_accum batches, clipped, then AdamW. It never waits.
+            if shape.dropout:  # its numbers, too, depend on the seed and the step alone
+                entropy = np.random.SeedSequence((config.seed, step, rank))
+                torch.manual_seed(int(entropy.generate_state(1)[0]))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            total = torch.zeros((), device=device)
+            for i in range(config.grad_accum):
+                number = step * config.grad_accum + i
+                batch = data.batch(config.batch_size, config.seed, number, rank, n_ranks)
+                # Several processes average their gradients once a step, with the last batch.
+                more_to_come = n_ranks > 1 and i < config.grad_accum - 1
+                with replica.no_sync() if more_to_come else nullcontext():
+                    loss = compiled(*batch)[1] / config.grad_accum
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            if guards or norm.isfinite():
+                scaler.step(optimizer)  # does nothing if a gradient is not finite
+            scaler.update(None if is_half else 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            good = (total if is_half else norm).isfinite()  # an overflow in float16: the scaler's
+            loss_sum, n, in_a_row = running
+            loss_sum = loss_sum + torch.where(good, total, 0.0)
+            running = torch.stack([loss_sum, n + good, torch.where(good, 0.0, in_a_row + 1)])
+            if step % 10 == 0:  # each look waits for the device
+                loss_sum, n, in_a_row = running.tolist()
+                if in_a_row >= 10:  # that does not mend itself
+                    raise BadInput(f"gradients not finite {in_a_row:.0f} steps in a row{BEFORE}")
+                bar.set_postfix_str(f"loss {loss_sum / max(1, n):.3f}", refresh=False)
+        bar.close()
+        best = (best_loss, bits_per_byte(best_loss, meta), history[-1]["elapsed_s"])
+        result = Result(model, tokenizer, history, *best, out, 0 if ends else number)
+        if n_ranks > 1:
+            dist.barrier()  # nobody leaves while another still works
+        if rank == 0 and not ends:
+            say(f"saved at step {step:,}. Go on:  python train.py --resume --out {out}")
+        elif rank == 0:
+            report(result, config)
     return result
 
 
-def plot(history, title, path):
-    """Training and validation loss against steps, as a PNG."""
-    from matplotlib.figure import Figure  # here, because it takes a second
-
+def report(result, config):
+    """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
+    out, device = shlex.quote(str(result.out)), result.model.wte.weight.device
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would take a notebook's away
     axes = figure.subplots()
-    for key, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
-        points = [(row["step"], row[key]) for row in history if row[key] is not None]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(title=title, xlabel="steps", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
+    for key, style in (("train_loss", "--"), ("val_loss", "-")):
+        points = [(row["step"], row[key]) for row in result.history if row[key] is not None]
+        axes.plot(*zip(*points, strict=True), style, label=key)
+    axes.set(title=config.model.mixers, xlabel="steps", ylabel="nats a token")
     axes.legend()
-    with atomic_write(path) as temporary:
+    with atomic_write(result.out / "loss.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def report(result, trainer, name):
-    """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
-    out, step = shlex.quote(str(result.out)), trainer.step
-    if result.stopped_by:
-        print(f"stopped at step {step:,}, saved. To go on:\n  python train.py --resume --out {out}")
-        return
-    plot(result.history, name, result.out / "loss.png")
-    best = min(result.history, key=lambda row: row["val_loss"])
-    print(
-        f"\n{layer_table(result.model)}\n\nlowest validation loss {result.best_loss:.4f} nats a "
-        f"token = {result.best_bpb:.4f} bits a byte, at step {best['step']:,}; "
-        f"{result.seconds:.0f} s of training; curve in {result.out / 'loss.png'}"
-    )
-    idx = torch.tensor([[result.tokenizer.start]], device=trainer.device)
-    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
-    stream = result.model.generate(idx, trainer.config.sample_tokens, 0.8, generator=generator)
-    print("\n" + result.tokenizer.decode([token.item() for token in stream]))
-    print(f"\nmore of it:  python sample.py --out {out}")
+    say(f"\n{layer_table(result.model)}\n")
+    best = f"{result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits a byte"
+    say(f"lowest validation loss {best}; {result.seconds:.0f} s; curve in {out}/loss.png\n")
+    idx = torch.tensor([[result.tokenizer.start]], device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    stream = result.model.generate(idx, config.sample_tokens, 0.8, generator=generator)
+    say(result.tokenizer.decode([token.item() for token in stream]))
+    say(f"\nmore of it:  python sample.py --out {out}")
 
 
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
-    preset, before = "quick", "="
-    for i, word in enumerate(words):  # a preset is a word that belongs to no flag
-        if not word.startswith("-") and ("=" in before or not before.startswith("-")):
-            preset = words.pop(i)
-            break
-        before = word
-    if preset not in PRESETS:
-        raise BadInput(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    default, saved = PRESETS[preset], None
-    if {"--resume", "--resume=True"} & set(words):  # what the flags don't say stays as it was
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--out", default=default.out)
-        out = finder.parse_known_args(words)[0].out
+    places = [i for i, word in enumerate(words) if word in PRESETS]  # but not behind a flag
+    places = [i for i in places if i == 0 or "=" in words[i - 1]]
+    preset = words.pop(places[0]) if places else "quick"
+    if words and not words[0].startswith("-"):
+        raise BadInput(f"unknown preset {words[0]!r}; choose from {', '.join(PRESETS)}")
+    default, saved, pairs = PRESETS[preset], None, [w for word in words for w in word.split("=", 1)]
+    if "--resume" in pairs:  # what the flags don't say stays as it was
+        out = pairs[pairs.index("--out") + 1] if "--out" in pairs[:-1] else default.out
         saved = load_checkpoint(Path(out) / "ckpt.pt")
         try:
             default = TrainConfig(GPTConfig(**saved["config"]), **saved["train"] | {"out": out})
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise BadInput(f"{out}/ckpt.pt is not a checkpoint of this train.py") from error
     about = f"python train.py [{'|'.join(PRESETS)}] [flags]. The defaults shown are {preset}'s."
-    stopped_by = train(parse(TrainConfig, words, about, default), saved).stopped_by
+    config = parse(TrainConfig, words, about, default)
+    try:
+        stopped_by = train(config, saved).stopped_by
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        raise BadInput("another process of this training has ended; use --resume") from error
     return 128 + stopped_by if stopped_by else 0  # as shells count
 
 
