@@ -205,17 +205,14 @@ def taps(seed):
 
 
 def draw_recall(rows, figure):
-    """A panel a size: accuracy by steps at 1e-3, a line a seed."""
+    """A panel a size: accuracy by steps at 1e-3. Seed 1."""
     for panel, size in zip(figure.subplots(1, len(SIZES), sharey=True), SIZES, strict=True):
         for name, (colour, style) in zip(LEARNERS, reproduce.STYLES.values(), strict=False):
-            for seed in sorted({row["seed"] for row in rows}):
-                wanted = {"size": size, "model": name, "lr": 1e-3, "seed": seed}
-                points = [
-                    (row["step"], row["accuracy"]) for row in rows if wanted.items() <= row.items()
-                ]
-                label = f"{name} ({LEARNERS[name]})" if seed == 1 else None
-                xs, ys = zip((0, 0.0), *points, strict=True)
-                panel.plot(xs, ys, style, color=colour, label=label, alpha=0.8)
+            wanted = {"size": size, "model": name, "lr": 1e-3, "seed": 1}
+            looks = [row for row in rows if wanted.items() <= row.items()]
+            steps, right = ([0, *(row[key] for row in looks)] for key in ("step", "accuracy"))
+            label = f"{name} ({LEARNERS[name]})"
+            panel.plot(steps, right, style, color=colour, label=label, alpha=0.8)
         panel.set(title=f"{size} pairs", xlabel="steps", ylim=(-0.02, 1.05))
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("right values")

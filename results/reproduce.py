@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
 
-from hsm import BadInput, GPTConfig  # noqa: E402
+from hsm import PAIRS, BadInput, GPTConfig  # noqa: E402
 from prepare_data import atomic_write, download, parse, prepare, run  # noqa: E402
 from train import TrainConfig, get_data, load_checkpoint, train  # noqa: E402
 
@@ -346,17 +346,26 @@ def again(path, out):
 
 PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
 RANDOM = "ab-in-random"  # a row of recipe 2 whose shifts were other ones for each seed
-TEXTS = ("shakespeare", "code", "tinystories")  # the columns of the README's table
-FOUND = {  # its rows
-    "GPT-2's softmax: learned positions": "softmax-learned",
-    "softmax, rotary, base 10,000": "softmax-rope",
-    "softmax, rotary, base 100": "softmax-100",
-    "softmax with a shift of one token": "shift-softmax",
-    "the same, base 100": "shift-softmax-100",
-    "HSM alone": "ab-in",
-    "a gated linear recurrence alone": "linrec",
-    "HSM and softmax": "hybrid-deep",
-    "HSM and softmax with the shift": "hybrid-shift",
+TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib", "tinystories")
+HYBRIDS = ("deep", "short", "2nd", "3rd", "middle", "last")
+MARKS = {  # tables of the READMEs, each between marks of its name: its columns, its rows
+    "found": (
+        TEXTS,
+        {
+            "softmax-learned": "GPT-2's softmax: learned positions",
+            "softmax-rope": "softmax, rotary positions, base 10,000",
+            "softmax-100": "softmax, rotary positions, base 100",
+            "shift-softmax": "softmax with a shift of one token inside",
+            "shift-softmax-100": "the same, base 100",
+            "ab-in": "HSM alone",
+            "linrec": "a gated linear recurrence alone",
+            "hybrid-deep": "HSM and softmax",
+            "hybrid-shift": "HSM and softmax with the shift",
+        },
+    ),
+    "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", RANDOM)),
+    "pairs": (BEFORE, [f"{name}-in" for name in PAIRS]),
+    "hybrids": (BEFORE, ("softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
 }
 
 
@@ -403,8 +412,8 @@ def over(losses, name, base):
     The interval is t s sqrt(1/n1 + 1/n2), 95%, with the pooled spread s of all rows; seeds are
     independent. One seed of either gets none, and allows no claim.
     """
-    if not {name, base} <= set(losses):
-        return "-"
+    if not {name, base} <= {*losses} or name == base:
+        return "0" if name == base else "-"
     one, other = losses[name], losses[base]
     text = f"{100 * (mean(one) / mean(other) - 1):+.2f}"
     s, df = spread(losses)
@@ -424,14 +433,15 @@ def table(*rows):
     return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
 
 
-def found_table(logs):
-    """The README's: a row a model, a column a text, % over the best plain rotary softmax."""
-    texts = [ends(logs.get(text, {})) for text in TEXTS]
-    rows = [
-        (about, f"`{name}`", *(over(losses, name, plain(losses)) for losses in texts))
-        for about, name in FOUND.items()
-    ]
-    return table(("model", "row", *TEXTS), *rows)
+def marked_table(logs, texts, names):
+    """A row a model, a column a text: % over the best plain rotary softmax."""
+    settings, rows = [logs.get(text, {}) for text in texts], []
+    for name in names:
+        heads = [models[name][0][0] for models in settings if name in models]
+        words = names[name] if isinstance(names, dict) else differs(heads[0]["model"])
+        cells = (over(losses, name, plain(losses)) for losses in map(ends, settings))
+        rows.append((words, f"`{name}`", *cells))
+    return table(("model", "row", *texts), *rows)
 
 
 def differs(fields):
@@ -583,7 +593,8 @@ def write_tables(folder):
     if any(plain(ends(logs.get(text, {}))) for text in TEXTS):
         save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
         for page in (folder / "README.md", folder.parent / "README.md"):
-            between_marks(page, "found", found_table(logs))
+            for name, columns_and_rows in MARKS.items():
+                between_marks(page, name, marked_table(logs, *columns_and_rows))
             between_marks(page, "recall", recall_table(read_rows(folder / "logs" / "recall")))
 
 

@@ -83,7 +83,9 @@ def test_a_grid_leaves_whole_logs_and_trains_nothing_twice(grid, tmp_path, monke
     assert "## text" in table and "| `linrec` | linrec; " in table
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_grid_goes_on_to_the_same_logs(grid, tmp_path, monkeypatch, stop):
     reproduce.main(grid)
     undisturbed = without_times(logs_of(tmp_path))
