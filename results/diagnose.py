@@ -14,7 +14,7 @@ terminals each takes the next free log.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -39,6 +39,7 @@ from train import (  # noqa: E402
     load_checkpoint,
     make_optimizer,
     model_from,
+    train,
 )
 
 CPU = torch.device("cpu")
@@ -139,11 +140,11 @@ def losses(model, windows, starts):
 
 def trained(setting, name, seed):
     """(model, validation Windows) of a run of the grid, trained now if need be."""
-    run = reproduce.make_run(setting, name, seed)
-    config, meta = run.config, reproduce.data_of(run.config.data)
-    if run.saved_step() != config.steps:
-        print(f"{run.name} has no finished checkpoint here: training it")
-        run.train()
+    config = reproduce.make_run(setting, name, seed)
+    meta, step = reproduce.data_of(config.data), reproduce.saved_step(config)
+    if step != config.steps:
+        print(f"{config.out} has no finished checkpoint: training it")
+        train(replace(config, resume=step is not None))
     model = model_from(load_checkpoint(Path(config.out) / "ckpt.pt")).eval()
     return model, Windows(config.data, "val", meta, model.config.block_size, CPU)
 

@@ -174,53 +174,37 @@ ELSEWHERE = {"out", "data", "resume", "sample_tokens", "device", "dtype", "compi
 ELSEWHERE |= {"threads"}
 
 
-@dataclass
-class Run:
-    """One row, in one setting, with one seed."""
+def describe(config):
+    """What a log must say to be this run's: all that the numbers depend on but the data."""
+    fields = asdict(config)
+    model = fields.pop("model") | {"vocab_size": 0}
+    fields = {name: value for name, value in fields.items() if name not in ELSEWHERE}
+    return {"recipe": RECIPE, "model": model, "train": fields}
 
-    setting: str
-    row: str
-    seed: int
-    config: TrainConfig
 
-    @property
-    def name(self):
-        return f"{self.setting}.{self.row}.{self.config.steps}.s{self.seed}"
+def is_of(config, model, train, recipe=RECIPE):
+    """Whether these fields are the run's; one that is not there has its default."""
+    try:
+        other = TrainConfig(model=GPTConfig(**model), **train)
+    except (TypeError, ValueError):
+        return False
+    return recipe in COUNTED and describe(other) == describe(config)
 
-    def describe(self):
-        """What a log must say to be this run's: all that the numbers depend on but the data."""
-        fields = asdict(self.config)
-        model = fields.pop("model") | {"vocab_size": 0}
-        fields = {name: value for name, value in fields.items() if name not in ELSEWHERE}
-        return {"recipe": RECIPE, "model": model, "train": fields}
 
-    def is_of(self, model, train, recipe=RECIPE):
-        """Whether these fields are the run's; one that is not there has its default."""
-        try:
-            config = TrainConfig(model=GPTConfig(**model), **train)
-        except (TypeError, ValueError):
-            return False
-        return recipe in COUNTED and replace(self, config=config).describe() == self.describe()
-
-    def saved_step(self):
-        """The step of a whole checkpoint of just this run, or None."""
-        try:
-            saved = load_checkpoint(Path(self.config.out) / "ckpt.pt")
-        except BadInput:
-            return None
-        return saved["step"] if self.is_of(saved["config"], saved.get("train")) else None
-
-    def train(self):
-        """train()'s Result; goes on with the run where it was begun."""
-        return train(replace(self.config, resume=self.saved_step() is not None))
+def saved_step(config):
+    """The step of a whole checkpoint of just this run, or None."""
+    try:
+        saved = load_checkpoint(Path(config.out) / "ckpt.pt")
+    except BadInput:
+        return None
+    return saved["step"] if is_of(config, saved["config"], saved.get("train")) else None
 
 
 def make_run(setting, row, seed, out="out/reproduce"):
+    """The TrainConfig of one row, in one setting, with one seed; out ends with the run's name."""
     base = SETTINGS[setting].config
-    config = replace(base, model=shape(base.model, **ROWS[row]), seed=seed)
-    made = Run(setting, row, seed, config)
-    made.config.out = str(Path(out) / made.name)
-    return made
+    name = f"{setting}.{row}.{base.steps}.s{seed}"
+    return replace(base, model=shape(base.model, **ROWS[row]), seed=seed, out=f"{out}/{name}")
 
 
 def make_runs(settings=(), rows=(), seeds=0, out="out/reproduce"):
@@ -256,7 +240,7 @@ def read_log(path, of=None):
         whole = False
     if not whole:
         print(f"warning: {path.name} is damaged: not counted; it is to be made again")
-    elif of and not of.is_of(head["model"], head["train"], head["recipe"]):
+    elif of and not is_of(of, head["model"], head["train"], head["recipe"]):
         print(f"warning: {path.name} is of another configuration: not counted")
     else:
         return head, rows
@@ -303,24 +287,24 @@ def claim(path):
 
 def train_all(runs, folder):
     """Train what has no log and what no other process is at. Returns a signal or 0."""
-    for number, each in enumerate(runs, start=1):
-        path = folder / f"{each.name}.jsonl"
-        with claim(Path(each.config.out)) as free:
-            if not free or read_log(path, each):
+    for number, config in enumerate(runs, start=1):
+        name = Path(config.out).name
+        with claim(Path(config.out)) as free:
+            if not free or read_log(folder / f"{name}.jsonl", config):
                 continue
-            print(f"\n{each.name}, {number} of {len(runs)}")
-            meta = data_of(each.config.data)
-            others = filter(None, map(read_log, folder.glob(f"{each.setting}.*")))
+            print(f"\n{name}, {number} of {len(runs)}")
+            meta = data_of(config.data)
+            others = filter(None, map(read_log, folder.glob(f"{name.rsplit('.', 3)[0]}.*")))
             if any(head["data"]["sha256"] != meta["sha256"] for head, _ in others):
-                words = f"{each.config.data} is not the text that {each.setting}'s logs are of"
+                words = f"{config.data} is not the text that the logs beside {name} were made with"
                 raise BadInput(f"{words}: take another --dir, or the same text")
-            result = each.train()
+            result = train(replace(config, resume=saved_step(config) is not None))
             if result.stopped_by:
                 return result.stopped_by
             keys = ("sha256", "vocab_size", "val_tokens", "val_bytes")
-            head = {"run": each.name, **each.describe(), "parameters": result.model.num_params()}
+            head = {"run": name, **describe(config), "parameters": result.model.num_params()}
             head |= {"data": {key: meta[key] for key in keys}, **surroundings()}
-            write_log(path, head, result.history)
+            write_log(folder / f"{name}.jsonl", head, result.history)
     return 0
 
 
@@ -607,8 +591,9 @@ def main(arguments=None):
         return again(Path(config.again), config.out)
     if config.list:
         for each in runs:
-            done = read_log(logs / f"{each.name}.jsonl", each)
-            print(f"{each.name}: {'done' if done else f'step {each.saved_step() or 0}'}")
+            done = read_log(logs / f"{Path(each.out).name}.jsonl", each)
+            state = "done" if done else f"at step {saved_step(each) or 0}"
+            print(f"{Path(each.out).name}: {state}")
         return 0
     stopped_by = 0 if config.table_only else train_all(runs, logs)
     if not stopped_by:

@@ -107,7 +107,7 @@ def test_a_killed_grid_goes_on_to_the_same_logs(grid, tmp_path, monkeypatch, sto
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status == (-stop if stop == signal.SIGKILL else 128 + stop)
     assert set(logs_of(tmp_path)) == {"text.softmax-rope.6.s1"}
-    begun = reproduce.make_run("text", "linrec", 1, tmp_path / "out").saved_step()
+    begun = reproduce.saved_step(reproduce.make_run("text", "linrec", 1, tmp_path / "out"))
     assert begun == (2 if stop == signal.SIGKILL else 4)
     reproduce.main(grid)
     assert without_times(logs_of(tmp_path)) == undisturbed
@@ -157,9 +157,7 @@ def test_a_log_counts_if_it_is_of_this_configuration_and_of_a_recipe_with_its_nu
 
 
 def test_another_text_is_refused_and_two_commands_share_the_runs(grid, tmp_path, capsys):
-    with reproduce.claim(
-        Path(reproduce.make_run("text", "linrec", 1, tmp_path / "out").config.out)
-    ):
+    with reproduce.claim(tmp_path / "out" / "text.linrec.6.s1"):
         reproduce.main([*grid, "--only", "linrec"])
     assert list(logs_of(tmp_path)) == ["text.linrec.6.s2"]
     assert "another process is at it" in capsys.readouterr().out
@@ -199,7 +197,7 @@ def test_the_committed_tables_are_those_of_the_committed_logs(tmp_path):
 @pytest.mark.parametrize("setting", reproduce.SETTINGS)
 def test_every_row_has_the_parameters_of_softmax_within_one_percent(setting):
     shapes = {
-        row: replace(reproduce.make_run(setting, row, 1).config.model, vocab_size=65)
+        row: replace(reproduce.make_run(setting, row, 1).model, vocab_size=65)
         for row in (*reproduce.SETTINGS[setting].rows, "softmax-rope")
     }
     with torch.device("meta"):
@@ -209,7 +207,7 @@ def test_every_row_has_the_parameters_of_softmax_within_one_percent(setting):
 
 
 def test_the_row_without_shifts_mixes_nothing_in_its_vec_layers():
-    config = reproduce.make_run("code", "hybrid-b0", 1).config.model
+    config = reproduce.make_run("code", "hybrid-b0", 1).model
     block = hsm.GPT(replace(config, vocab_size=3)).blocks[0]
     x = torch.randn(1, config.block_size, config.n_embd)
     assert torch.allclose(block.mixer(x), block.mixer.pair.a * x)
