@@ -1,8 +1,13 @@
-"""Each test states one fact, in its name. Run with:  pytest -q
+"""Each test states one fact, in its name.
 
-The tests that go over PAIRS or MODELS take a new pair function up the moment it has a name there.
+    pytest -q            the quick ones: about a minute
+    pytest -q -m slow    kills, long streams, several processes: minutes
+    pytest -q -m gpu     what needs a CUDA device
+
+The tests that go over MIXERS take a new mixer, or a new pair function, up the moment it has a name.
 """
 
+import http.client
 import io
 import json
 import math
@@ -15,36 +20,41 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import weakref
-from contextlib import nullcontext
+from email.message import Message
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+
+if not torch.cuda.is_available():  # the kernel then runs in Triton's interpreter, slowly
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bench
-import decode
 import hsm
 import prepare_data
 import sample
 import train
-from decode import Decoder
-from hsm import GPT, PAIRS, BadInput, DelayLine, GPTConfig, KVCache, delay, receptive_field
-from results import robust
+from hsm import GPT, MIXERS, PAIRS, BadInput, DelayRings, GPTConfig, KVRing, delay, receptive_field
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other are far slower
 
-HYBRIDS = ["softmax", "ab,softmax", "gate2,ab,softmax", "softmax,vec"]
-MODELS = [*PAIRS, *HYBRIDS]
+HERE = Path(__file__).resolve().parent
+HYBRIDS = ["ab,softmax", "gate2,ab,softmax", "softmax,vec"]
+MODELS = [*MIXERS, *HYBRIDS]
+needs_triton = pytest.mark.skipif(hsm.triton is None, reason="Triton is not installed")
+gpu = pytest.mark.gpu
+
+
+def skip_without(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 def tiny(mixers="ab", dtype=torch.float32, seed=0, **fields):
@@ -65,6 +75,7 @@ def tokens(*shape, vocab_size=31, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
 def stream(model, idx, sizes, max_len=None):
     """Logits of idx fed through a cache in chunks of the given sizes."""
     cache = model.init_cache(idx.size(0), max_len)
@@ -79,49 +90,42 @@ def random_chunks(total, seed):
     return sizes
 
 
-# ------------------------------------------------------------------------------------------------
-# The delay
-
-
-@pytest.mark.parametrize("shift", [0, 1, 2, 3, 6, 7, 8, 100])
+# ---- The delay -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("shift", [0, 1, 3, 6, 7, 8, 100])
 def test_delay_moves_tokens_by_shift_and_fills_with_zeros_also_beyond_T(shift):
     x = torch.randn(2, 7, 3)
     y = delay(x, shift)
     assert y.shape == x.shape
     for t in range(7):
-        expected = x[:, t - shift] if t >= shift else torch.zeros(2, 3)
-        assert torch.equal(y[:, t], expected)
+        assert torch.equal(y[:, t], x[:, t - shift] if t >= shift else torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("shift", [1, 2, 3, 5, 8, 40])
+@pytest.mark.parametrize("shifts", [(1,), (5,), (40,), (3, 1), (1, 2, 4, 40)])
 @pytest.mark.parametrize("seed", range(3))
-def test_delay_line_equals_delay_for_any_chunks(shift, seed):
-    x = torch.randn(2, 30, 3)
-    line = DelayLine(shift)
-    y = torch.cat([line(chunk) for chunk in x.split(random_chunks(30, seed), dim=1)], dim=1)
-    assert torch.equal(y, delay(x, shift))
+def test_rings_equal_the_delay_for_any_chunks(shifts, seed):
+    x, position = torch.randn(2, 30, 12), torch.tensor(0)
+    rings, parts = DelayRings(shifts, position), []
+    for chunk in x.split(random_chunks(30, seed), dim=1):
+        parts.append(rings(chunk))
+        position += chunk.size(1)
+    assert torch.equal(torch.cat(parts, dim=1), hsm.delay_heads(x, shifts))
+    assert rings.rings.numel() == 2 * sum(shifts) * 12 // len(shifts)
 
 
-def test_delay_line_keeps_shift_inputs_however_long_the_stream():
-    line = DelayLine(5)
-    for _ in range(200):
-        line(torch.randn(2, 3, 4))
-    assert line.ring.shape == (2, 5, 4)
+def test_a_ring_of_keys_gives_each_token_its_window_however_long_the_stream():
+    position, k = torch.tensor(0), torch.arange(100.0)[None, None, :, None]
+    ring, seen = KVRing(8, position), []
+    for chunk in k.split(random_chunks(100, 0), dim=2):
+        keys, _, mask = ring(chunk, chunk)
+        T, S = chunk.size(2), keys.size(2)
+        mask = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
+        seen += [sorted(keys[0, 0, row, 0].tolist()) for row in mask]
+        position += T
+        assert ring.kv.size(3) == 8
+    assert seen == [list(range(max(0, t - 7), t + 1)) for t in range(100)]
 
 
-def test_kv_cache_takes_no_more_than_its_capacity_however_long_the_stream():
-    cache = KVCache(window=8, capacity=16)
-    k = torch.arange(200.0)[None, None, :, None]
-    for t in range(200):
-        seen, _ = cache(k[:, :, t : t + 1], k[:, :, t : t + 1])
-        assert torch.equal(seen.flatten(), torch.arange(max(0, t - 7), t + 1.0))
-        assert cache.kv.size(3) == 16
-
-
-# ------------------------------------------------------------------------------------------------
-# Causality
-
-
+# ---- Causality -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("mixers", MODELS)
 def test_logits_do_not_depend_on_later_tokens_bit_for_bit(mixers):
     model, idx = tiny(mixers), tokens(2, 16)
@@ -140,18 +144,14 @@ def test_gradients_reach_every_earlier_token_in_reach_and_no_later_one(mixers):
     y = x
     for block in model.blocks:
         y = block(y)
+    reach = len(receptive_field(model.config)) - 1
     for t in (0, 9, 15):
         (gradient,) = torch.autograd.grad(y[0, t].square().sum(), x, retain_graph=True)
         touched = gradient[0].abs().sum(-1) > 0  # (T,)
-        reach = len(receptive_field(model.config)) - 1
-        expected = [0 <= t - k <= reach for k in range(16)]
-        assert touched.tolist() == expected
+        assert touched.tolist() == [0 <= t - k <= reach for k in range(16)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Streaming
-
-
+# ---- Streaming -----------------------------------------------------------------------------------
 STREAMS = [
     {},
     {"shifts": "layer"},
@@ -161,59 +161,58 @@ STREAMS = [
     {"n_head": 4, "bias": True},
     {"pos_emb": "none"},
     {"pos_emb": "learned", "block_size": 64},
+    {"block_size": 1},
 ]
 
 
 @pytest.mark.parametrize("fields", STREAMS, ids=str)
 @pytest.mark.parametrize("mixers", MODELS)
 def test_streaming_equals_parallel(mixers, fields):
-    idx = tokens(2, 50)  # three windows of a softmax layer and a bit
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        model = tiny(mixers, dtype, **fields)
-        with torch.no_grad():
-            parallel, _ = model(idx)
-            scale = parallel.abs().max()
-            for sizes in ([50], [1] * 50, [17, 33], random_chunks(50, 0), random_chunks(50, 1)):
-                streamed = stream(model, idx, sizes)
-                assert (streamed - parallel).abs().max() <= tolerance * scale
+    model, idx = tiny(mixers, torch.float64, **fields), tokens(2, 50)  # three windows and a bit
+    with torch.no_grad():
+        parallel, _ = model(idx)
+    for sizes in ([50], [1] * 50, [17, 33], random_chunks(50, 0)):
+        difference = (stream(model, idx, sizes) - parallel).abs().max()
+        assert difference <= 1e-9 * parallel.abs().max()
 
 
-def test_a_cache_that_was_told_its_length_takes_longer_streams_too():
-    model, idx = tiny("ab,softmax", torch.float64), tokens(1, 50)
-    streamed = stream(model, idx, [1] * 50, max_len=5)
+def test_a_stream_told_its_length_takes_memory_for_no_more_and_is_exact_up_to_there():
+    model, idx = tiny("ab,softmax", torch.float64), tokens(1, 12)
+    cache = model.init_cache(1, max_len=12)
+    streamed = torch.cat([model(t, cache=cache)[0] for t in idx.split(1, dim=1)], dim=1)
     assert torch.allclose(streamed, model(idx)[0], atol=1e-10)
+    assert cache.layers[1].kv.size(3) == 12
 
 
-@pytest.mark.parametrize("mixers", MODELS)
-def test_last_only_gives_the_last_logits(mixers):
-    model, idx = tiny(mixers), tokens(2, 9)
-    last, _ = model(idx, last_only=True)
-    assert last.shape == (2, 1, 31)
-    assert torch.allclose(last, model(idx)[0][:, -1:], atol=1e-5)
+@pytest.mark.parametrize("mixers", ["ab", "softmax", "ab,softmax"])
+def test_a_stream_is_right_beyond_2_to_the_31_tokens(mixers):
+    model, idx = tiny(mixers, torch.float64, shifts="3,1,7"), tokens(2, 60)
+    for first, tolerance in ((2**31 - 30, 1e-5), (2**40, 1e-2)):  # what an angle there is good to
+        cache = model.init_cache(2)
+        cache.position.fill_(first)
+        with torch.no_grad():
+            expected = model(idx)[0][:, 16:]  # a stream that begins later differs in no logit
+            model(idx[:, :16], cache=cache)  # and fills the window
+            parts = [model(token, cache=cache)[0] for token in idx[:, 16:].split(1, dim=1)]
+        assert cache.position == first + 60
+        difference = (torch.cat(parts, dim=1) - expected).abs().max()
+        assert difference <= tolerance * expected.abs().max()
+
+
+@torch.no_grad()
+def naive(model, idx, n):
+    """The likeliest n tokens, everything computed anew for each of them: (n, B)."""
+    for _ in range(n):
+        window = idx[:, -model.config.block_size :] if model.wpe is not None else idx
+        idx = torch.cat([idx, model(window)[0][:, -1:].argmax(-1)], dim=1)
+    return idx[:, -n:].T
 
 
 @pytest.mark.parametrize("pos_emb", ["none", "rope", "learned"])
 @pytest.mark.parametrize("mixers", MODELS)
 def test_greedy_text_is_the_same_with_and_without_the_cache_far_past_block_size(mixers, pos_emb):
     model, idx = tiny(mixers, torch.float64, pos_emb=pos_emb), tokens(2, 5)
-    cached, naive = (list(model.generate(idx, 40, 0.0, use_cache=c)) for c in (True, False))
-    assert torch.equal(torch.stack(cached), torch.stack(naive))
-
-
-def test_a_prompt_longer_than_learned_positions_is_cut_to_its_end():
-    model, idx = tiny("ab", pos_emb="learned"), tokens(1, 40)
-    whole, end = (list(model.generate(i, 10, 0.0)) for i in (idx, idx[:, -16:]))
-    assert whole == end
-
-
-def test_learned_positions_past_block_size_are_an_error_in_forward():
-    model = tiny("ab", pos_emb="learned")
-    with pytest.raises(BadInput, match="block_size=16"):
-        model(tokens(1, 17))
-    cache = model.init_cache(1)
-    model(tokens(1, 16), cache=cache)
-    with pytest.raises(BadInput, match="block_size=16"):
-        model(tokens(1, 1), cache=cache)
+    assert torch.equal(torch.stack(list(model.generate(idx, 40, 0))), naive(model, idx, 40))
 
 
 def test_a_softmax_layer_sees_block_size_tokens_and_no_more():
@@ -232,145 +231,31 @@ def test_state_bytes_is_what_a_stream_must_keep(mixers, length):
     model(tokens(2, length), cache=cache)
     kept = 0
     for state in cache.layers:
-        if isinstance(state, KVCache):
-            _, B, H, _, D = state.kv.shape
-            kept += 2 * B * H * min(state.n_seen, state.window) * D
+        if isinstance(state, KVRing):
+            kept += state.kv[..., : min(length, state.window), :].numel()
         else:
-            kept += sum(line.ring.numel() for line in state)
+            kept += state.rings.numel()
     assert model.state_bytes(2, length) == 4 * kept
 
 
-# ------------------------------------------------------------------------------------------------
-# decode.py: the same stream in fixed shapes, its position on the device
-
-
-def after(model, prompt, max_len=math.inf, n_before=0):
-    """A Decoder for a stream that has read the prompt; its first token has number n_before."""
-    cache = model.init_cache(len(prompt))
-    cache.n_seen = n_before
-    for state in cache.layers:
-        for part in [state] if isinstance(state, KVCache) else state:
-            part.n_seen = n_before
-    model(prompt, cache=cache)
-    return Decoder(model, cache, max_len)
-
-
-@torch.no_grad()
-def decoded(decoder, idx):
-    """Logits of the tokens in idx, fed one by one: (B, T, V)."""
-    return torch.cat([decoder(token).clone() for token in idx.split(1, dim=1)], dim=1)
-
-
-STATIC = [
-    {},
-    {"shifts": "layer", "in_proj": True},
-    {"shifts": "3,40,7"},  # 40 is longer than all prompts but one
-    {"n_head": 4, "bias": True, "proj": False},
-    {"pos_emb": "none"},
-    {"block_size": 1},
-]
-
-
-@pytest.mark.parametrize("fields", STATIC, ids=str)
-@pytest.mark.parametrize("mixers", MODELS)
-def test_a_decoder_goes_on_where_the_prompt_ended(mixers, fields):
-    model = tiny(mixers, torch.float64, **fields)
-    for batch, n_prompt in [(3, 1), (1, 9), (1, 14), (3, 15), (1, 16), (3, 45)]:
-        idx = tokens(batch, n_prompt + 40)
-        with torch.no_grad():
-            parallel = model(idx)[0]
-            streamed = stream(model, idx, [n_prompt] + [1] * 40)
-            logits = decoded(after(model, idx[:, :n_prompt]), idx[:, n_prompt:])
-        for expected in (parallel, streamed):
-            assert (logits - expected[:, n_prompt:]).abs().max() <= 1e-10 * parallel.abs().max()
-
-
+# ---- A token as a CUDA graph, and compiled -------------------------------------------------------
 @pytest.mark.parametrize("mixers", ["ab", "softmax", "gate2,ab,softmax"])
-def test_a_decoder_is_right_a_thousand_tokens_past_the_window_and_takes_no_memory(mixers):
-    model, idx = tiny(mixers, shifts="3,40,7"), tokens(2, 1500)
-    decoder = after(model, idx[:, :5])
-    parts = [layer[0] if isinstance(layer, list) else layer for layer in decoder.cache.layers]
-    state = [t for part in parts for t in vars(part).values() if torch.is_tensor(t)]
-    places = [t.data_ptr() for t in state]
-    logits = decoded(decoder, idx[:, 5:])
-    with torch.no_grad():
-        expected = stream(model, idx, 100)[:, 5:]
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert [t.data_ptr() for t in state] == places
-    numbers = sum(t.numel() for t in state if t.is_floating_point())
-    assert 4 * numbers == model.state_bytes(2, 1500)
-    assert decoder.cache.n_seen == 1500
-
-
-@pytest.mark.parametrize("mixers", ["ab", "softmax", "ab,softmax"])
-def test_a_decoder_is_right_beyond_2_to_the_31_tokens(mixers):
-    model, idx = tiny(mixers, torch.float64, shifts="3,1,7"), tokens(2, 60)
-    with torch.no_grad():
-        expected = model(idx)[0][:, 20:]  # a stream that begins later differs in no logit
-    logits = decoded(after(model, idx[:, :20], n_before=2**31 - 30), idx[:, 20:])
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    decoder = after(model, idx[:, :20], n_before=2**40)
-    logits = decoded(decoder, idx[:, 20:])  # an angle of 2^40 is good to 1e-4 in float64
-    assert (logits - expected).abs().max() <= 1e-2 * expected.abs().max()
-    assert decoder.cache.n_seen == 2**40 + 60
-
-
-def test_a_decoder_told_its_length_takes_memory_for_no_more_and_ends_there():
-    model, idx = tiny("ab,softmax", torch.float64), tokens(2, 13)
-    decoder = after(model, idx[:, :4], max_len=12)
-    expected = model(idx)[0][:, 4:12]
-    assert torch.allclose(decoded(decoder, idx[:, 4:12]), expected, atol=1e-10)
-    with pytest.raises(BadInput, match="length that its cache was made for"):
-        decoder(idx[:, 12:])
-    assert torch.isfinite(decoded(after(model, idx, max_len=16), tokens(2, 40))).all()
-    assert torch.isfinite(decoded(after(tiny("ab"), idx, max_len=13), tokens(2, 40))).all()
-
-
-def test_a_decoder_refuses_another_batch_and_a_cache_without_a_prompt():
-    model = tiny("ab")
-    for shape in ((1, 1), (2, 2), (2,)):  # any of them could be taken for (2, 1) by broadcasting
-        with pytest.raises(BadInput, match="takes 2 x 1 tokens"):
-            after(model, tokens(2, 3))(tokens(*shape))
-    with pytest.raises(BadInput, match="has read a token"):
-        Decoder(model, model.init_cache(2))
-
-
-def test_a_decoder_takes_memory_over_layer_by_layer(monkeypatch):
-    taken = []
-
-    def begin(self, plain, *_):
-        assert not any(before() for before in taken)  # none of the layers before is still there
-        taken.append(weakref.ref(plain))
-
-    monkeypatch.setattr(decode.StaticKV, "__init__", begin)
-    after(tiny("softmax"), tokens(2, 3))
-    assert len(taken) == 4
-
-
-def test_a_decoder_without_a_user_frees_its_memory_at_once():
-    gone = weakref.ref(after(tiny("ab,softmax"), tokens(2, 3)).idx)
-    assert gone() is None
-
-
-@pytest.mark.parametrize("mixers", ["ab", "gate2,ab,softmax"])
-def test_a_compiled_decoder_has_no_graph_break_and_compiles_once(mixers):
+def test_a_compiled_token_has_no_graph_break_and_compiles_once(mixers):
     torch.compiler.reset()
-    model, idx = tiny(mixers, shifts="3,40,7"), tokens(2, 60)
-    compiled = []
+    model, idx, compiled = tiny(mixers, shifts="3,40,7"), tokens(2, 60), []
 
     def backend(graph, _):
         compiled.append(graph)
         return graph
 
+    step = torch.compile(model, fullgraph=True, backend=backend)
     cache = model.init_cache(2)
     with torch.no_grad():
-        expected = stream(model, idx, 60)[:, 5:]
+        expected = model(idx)[0][:, 5:]
         model(idx[:, :5], cache=cache)
-        logits = decoded(
-            Decoder(torch.compile(model, fullgraph=True, backend=backend), cache), idx[:, 5:]
-        )
+        logits = [step(token, cache=cache)[0].clone() for token in idx[:, 5:].split(1, dim=1)]
     assert len(compiled) == 1
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (torch.cat(logits, dim=1) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class FakeGraph(TorchDispatchMode):
@@ -410,32 +295,21 @@ class FakeGraph(TorchDispatchMode):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Tensors claim to be on CUDA, and decode.py's calls there meet the stand-in. Its graphs."""
+    """Tensors claim to be on CUDA, and the calls there meet the stand-in. Its graphs."""
     graphs = []
-
-    class Stream:
-        def __init__(self, *_):
-            pass
-
-        def wait_stream(self, other):
-            assert isinstance(other, Stream) and other is not self
 
     def new_graph():
         graphs.append(FakeGraph())
         return graphs[-1]
 
-    current = Stream()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     return graphs
 
 
 @pytest.mark.parametrize("n_prompt", [1, 13, 20])  # 13: the keys' ring gets full while it replays
-@pytest.mark.parametrize("mixers", MODELS)
+@pytest.mark.parametrize("mixers", ["ab", "mult", "softmax", "gate2,ab,softmax"])
 def test_generate_on_cuda_replays_one_graph_and_draws_the_same_tokens(
     mixers, n_prompt, fake_cuda, monkeypatch
 ):
@@ -447,104 +321,76 @@ def test_generate_on_cuda_replays_one_graph_and_draws_the_same_tokens(
 
     replayed = text()
     (graph,) = fake_cuda
-    assert graph.n_replays == 60 - 1 - decode.WARM_UP
+    assert graph.n_replays == 60 - 1 - 3  # the prompt, and three calls before the capture
     monkeypatch.setattr(torch.Tensor, "is_cuda", False)
     assert torch.equal(text(), replayed)
-    assert len(fake_cuda) == 1
 
 
-def test_the_stand_in_for_a_graph_shows_what_a_capture_forbids_or_freezes(fake_cuda):
-    count, plain = torch.zeros((), dtype=torch.int64), [0]
-
-    def step():
-        count.add_(1)
-        plain[0] += 1
-        return count * 100 + plain[0]
-
-    call = decode.as_graph(step, "cpu")
-    seen = [call().item() for _ in range(decode.WARM_UP + 3)]
-    assert seen[: decode.WARM_UP + 1] == [100 * i + i for i in range(1, decode.WARM_UP + 2)]
-    assert seen[-1] == 100 * (decode.WARM_UP + 3) + decode.WARM_UP + 1  # a Python number stays
-    waits = decode.as_graph(lambda: count.item(), "cpu")
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        for _ in range(decode.WARM_UP + 1):
-            waits()
+# ---- The kernel ----------------------------------------------------------------------------------
+def plain_and_fast(pair, x, shifts, e):
+    """Values and gradients of the pair function itself, and of the kernel."""
+    inputs = [x, *pair.parameters()]
+    for y in (pair(x, hsm.delay_heads(x, shifts)), hsm.fast_mix(pair, x, shifts)):
+        yield [y, *torch.autograd.grad(y, inputs, e.to(y.dtype))]
 
 
-@pytest.mark.parametrize(
-    ("fields", "arguments"),
-    [({"pos_emb": "learned"}, {}), ({}, {"use_cache": False}), ({}, {"max_new_tokens": 1})],
-    ids=["learned positions", "no cache", "a single token"],
-)
-def test_generate_captures_nothing_where_shapes_change_or_nothing_follows(
-    fields, arguments, fake_cuda
-):
-    model = tiny("ab,softmax", **fields)
-    text = list(model.generate(tokens(2, 3), **{"max_new_tokens": 30} | arguments))
-    assert len(text) == arguments.get("max_new_tokens", 30)
-    assert not fake_cuda
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def test_generate_under_autocast_captures_nothing(fake_cuda, monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert len(list(tiny().generate(tokens(2, 3), 10))) == 10
-    assert not fake_cuda
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", ["ab", "vec", "gate1"])
+def test_the_kernel_equals_the_pair_function_in_values_and_gradients(name, dtype, device):
+    skip_without(device)
+    for seed in range(17 if dtype == torch.float32 else 4):
+        generator = np.random.default_rng(seed)
+        B, T, H, D = (int(generator.integers(1, high)) for high in (4, 70, 5, 9))
+        shifts = tuple(int(s) for s in generator.integers(1, 80, size=H))
+        torch.manual_seed(seed)
+        pair = PAIRS[name](H * D, H).to(device, dtype)
+        x, e = (torch.randn(B, T, H * D, device=device, dtype=dtype) for _ in range(2))
+        for a, b in zip(*plain_and_fast(pair, x.requires_grad_(), shifts, e), strict=True):
+            assert (a - b).abs().max() <= 10 * ROUNDING[dtype] * max(1, a.abs().max())
 
 
-def test_on_cuda_the_bench_decodes_both_models_as_graphs_and_times_replays_alone(fake_cuda):
-    config = bench.BenchConfig(n_layer=1, n_head=2, n_embd=16, rounds=3, positions=(8, 24))
-    times, facts = bench.measure_decode(config, 8, 2, torch.device("cpu"), torch.float32)
-    assert facts["graph"] and len(times["hsm"]) == len(times["softmax"]) == 3
-    assert [graph.n_replays for graph in fake_cuda] == [1 + 3 * 8] * 2
-    masks = [torch.ops.aten.le.Tensor in [call[0] for call in graph.calls] for graph in fake_cuda]
-    assert masks == [False, False]  # softmax reads filled slots alone
-    assert facts["state_bytes"]["softmax"] == 4 * 2 * 2 * 16 * 8
-    row = {"T": 8, "batch": 2, "seconds": times} | facts
-    assert facts["steps"] == {"hsm": "static", "softmax": "static"}
-    assert "A token is one CUDA graph." in bench.decode_table([row])
-    del row["graph"], row["steps"]  # a log's row from before
-    assert "graph" not in bench.decode_table([row])
+@needs_triton
+def test_the_operator_is_what_pytorch_asks_of_one():
+    x, p, q = (torch.randn(s, requires_grad=True) for s in ((2, 7, 12), (12,), (12,)))
+    torch.library.opcheck(hsm.mix, (x, p, q, torch.tensor((1, 2, 4)), False))
 
 
-def test_with_compile_the_bench_decodes_each_model_in_its_fastest_way(monkeypatch):
-    """Each way is tried; here the clock says that HSM is fastest compiled and softmax plain."""
-    tried, compiled = [], []
-
-    def seconds(call, repeats, device):
-        call()
-        step = ["plain", "static", "compiled"][len(tried) % 3]
-        tried.append(step)
-        is_softmax = len(tried) > 9
-        return 1.0 if step == ("plain" if is_softmax else "compiled") else 2.0
-
-    monkeypatch.setattr(bench, "seconds", seconds)
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    monkeypatch.setattr(
-        bench, "race", lambda makers, *_, **__: ({m: makers[m]() for m in makers}, {})
-    )
-    config = bench.BenchConfig(n_layer=1, n_head=2, n_embd=16, positions=(8, 24), compile=True)
-    _, facts = bench.measure_decode(config, 8, 2, torch.device("cpu"), torch.float32)
-    assert facts["steps"] == {"hsm": "compiled", "softmax": "plain"}
-    assert len(tried) == 18 and len(compiled) == 2
-    row = {"T": 8, "batch": 2, "seconds": {"hsm": [1.0, 1.0], "softmax": [2.0, 2.0]}} | facts
-    text = bench.decode_table([row])
-    assert "step for HSM: compiled." in text and "step for softmax: plain." in text
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fast_model_is_one_graph_and_gives_the_plain_models_loss_and_gradients(device):
+    skip_without(device)
+    torch.compiler.reset()
+    model, idx = tiny("ab,gate1,softmax").to(device).train(), tokens(2, 17).to(device)
+    losses, gradients = [], []
+    for fast in (False, True):
+        if fast:
+            hsm.use_fast(model)
+            backend = "aot_eager" if device == "cpu" else "inductor"
+            model = torch.compile(model, fullgraph=True, backend=backend)
+        losses.append(model(idx[:, :-1], idx[:, 1:])[1])
+        gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    assert torch.allclose(*losses, atol=1e-4)
+    for plain, fast in zip(*gradients, strict=True):
+        assert torch.allclose(plain, fast, atol=1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a real capture")
-@pytest.mark.parametrize("mixers", MODELS)
-def test_a_real_cuda_graph_draws_the_plain_paths_tokens(mixers):
-    for n_prompt in (1, 13, 20):
-        model, idx = tiny(mixers, torch.float64).cuda(), tokens(2, n_prompt).cuda()
-        replayed = torch.stack(list(model.generate(idx, 60, 0.0)))
-        plain = torch.stack(list(model.cpu().generate(idx.cpu(), 60, 0.0)))
-        assert torch.equal(replayed.cpu(), plain)
+@pytest.mark.parametrize("mixers", ["gate2", "softmax", "ab,mult"])
+def test_the_kernel_is_refused_where_it_knows_no_mixer_or_there_is_no_gpu(mixers, monkeypatch):
+    with pytest.raises(BadInput, match="--no-fast"):
+        hsm.use_fast(tiny(mixers))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="needs Triton, CUDA"):
+            hsm.use_fast(tiny("ab"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Receptive field
-
-
+# ---- Receptive field -----------------------------------------------------------------------------
 def paths_by_gradient(config):
     """Count paths with autograd: the mixers alone, each made to pass on 1 x + 1 z."""
     H, reach = config.n_head, sum(max(shifts) for _, shifts in config.layers)
@@ -576,20 +422,14 @@ def paths_by_gradient(config):
 )
 def test_receptive_field_equals_what_autograd_sees_on_a_linear_model(fields):
     config = GPTConfig(**{"block_size": 32, "n_layer": 3, "n_head": 2, "n_embd": 8} | fields)
-    counted = paths_by_gradient(config)
-    assert receptive_field(config).tolist() == counted.tolist()
+    assert receptive_field(config).tolist() == paths_by_gradient(config).tolist()
 
 
-@pytest.mark.parametrize("n_layer", [1, 2, 3, 7, 10])
+@pytest.mark.parametrize("n_layer", [1, 3, 7, 10])
 def test_each_distance_has_exactly_one_path(n_layer):
     config = GPTConfig(block_size=2**n_layer, n_layer=n_layer, shifts="layer")
     assert [s for _, (s,) in config.layers] == [2**j for j in range(n_layer)]
     assert receptive_field(config).tolist() == [1] * 2**n_layer
-
-
-def test_receptive_field_is_exact_where_int64_is_not():
-    field = receptive_field(GPTConfig(block_size=2, n_layer=100, shifts="layer"))
-    assert field.tolist() == [math.comb(100, k) for k in range(101)]
 
 
 def test_receptive_field_of_softmax_is_every_distance_in_its_window():
@@ -597,37 +437,26 @@ def test_receptive_field_of_softmax_is_every_distance_in_its_window():
     assert field.tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 1]
 
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-
-
-def test_layers_tile_the_mixers_and_softmax_uses_up_no_shift():
+# ---- Configuration, mixers by name ---------------------------------------------------------------
+def test_layers_tile_the_mixers_are_cut_at_the_last_and_softmax_uses_up_no_shift():
     config = GPTConfig(n_layer=5, mixers="ab,softmax", shifts="layer", block_size=128)
     names, shifts = zip(*config.layers, strict=True)
     assert names == ("ab", "softmax", "ab", "softmax", "ab")
     assert shifts == ((1,), (), (2,), (), (4,))
-
-
-def test_mixers_are_cut_at_the_last_layer():
     config = GPTConfig(n_layer=2, mixers="ab,vec,softmax")
     assert [name for name, _ in config.layers] == ["ab", "vec"]
 
 
-def test_layer_shifts_start_again_after_ceil_log2_of_block_size():
-    config = GPTConfig(n_layer=6, shifts="layer", block_size=10)
-    assert [s for _, (s,) in config.layers] == [1, 2, 4, 8, 1, 2]
+def test_shifts_are_a_ladder_that_starts_again_a_row_of_heads_or_a_list():
+    def shifts(**fields):
+        return [s for _, s in GPTConfig(**fields).layers]
 
-
-def test_head_shifts_are_2_to_the_j_plus_h():
-    config = GPTConfig(n_layer=3, n_head=3, n_embd=6, shifts="heads", block_size=16)
-    assert [s for _, s in config.layers] == [(1, 2, 4), (2, 4, 8), (4, 8, 1)]
-
-
-def test_explicit_shifts_tile_over_the_hsm_layers():
-    config = GPTConfig(n_layer=5, mixers="ab,ab,softmax", shifts="5,1,2")
-    assert [s for _, s in config.layers] == [(5,), (1,), (), (2,), (5,)]
-    config = GPTConfig(n_layer=4, n_head=2, mixers="ab,ab,softmax", shifts="5+1,2")
-    assert [s for _, s in config.layers] == [(5, 1), (2,), (), (5, 1)]
+    ladder = shifts(n_layer=6, shifts="layer", block_size=10)
+    assert ladder == [(1,), (2,), (4,), (8,), (1,), (2,)]
+    heads = shifts(n_layer=3, n_head=3, n_embd=6, block_size=16)
+    assert heads == [(1, 2, 4), (2, 4, 8), (4, 8, 1)]
+    listed = shifts(n_layer=4, n_head=2, mixers="ab,ab,softmax", shifts="5+1,2")
+    assert listed == [(5, 1), (2,), (), (5, 1)]
 
 
 @pytest.mark.parametrize(
@@ -635,24 +464,15 @@ def test_explicit_shifts_tile_over_the_hsm_layers():
     [
         ({"mixers": "abc"}, "abc.*ab, vec, matrix, gate1, gate2, fusion, mult, softmax"),
         ({"mixers": ""}, "choose from"),
-        ({"mixers": "ab,"}, "choose from"),
-        ({"shifts": "1,two"}, "1,two"),
-        ({"shifts": "1,,2"}, "1,,2"),
         ({"shifts": ""}, "shifts"),
         ({"shifts": "0,1"}, "from 1"),
-        ({"shifts": "-1"}, "from 1"),
         ({"shifts": "1+2"}, "a head each .4 of them"),
-        ({"shifts": "1+2+4+"}, "1.2.4."),
-        ({"shifts": "1+2+4+0"}, "from 1"),
         ({"shifts": "99999999"}, "99999999"),
-        ({"n_embd": 30}, "multiple of n_head"),
-        ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"block_size": 0}, "block_size must be at least 1"),
-        ({"n_head": 0}, "n_head must be at least 1"),
-        ({"n_embd": -4}, "n_embd must be at least 1"),
+        ({"n_embd": 2**30}, "at most"),
         ({"vocab_size": -1}, "vocab_size"),
-        ({"d_ff": -1}, "d_ff"),
         ({"dropout": 1.0}, "dropout"),
+        ({"rope_base": 0.5}, "rope_base"),
         ({"pos_emb": "sine"}, "learned, rope or none"),
         ({"mixers": "softmax", "n_embd": 12, "n_head": 4}, "even"),
     ],
@@ -662,10 +482,75 @@ def test_contradicting_configurations_say_what_is_wrong(fields, words):
         GPTConfig(**fields)
 
 
-# ------------------------------------------------------------------------------------------------
-# Parameters and initialisation
+class MaxPair(torch.nn.Module):
+    """y = max(x, z)."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+
+    def forward(self, x, z):
+        return torch.maximum(x, z)
 
 
+class Echo(torch.nn.Module):
+    """A mixer of somebody else's on the contract: y = x, and no memory."""
+
+    offsets, uses_shifts = (0,), False
+
+    def __init__(self, config, shifts):
+        super().__init__()
+
+    def forward(self, x, cache=None):
+        return x
+
+    def init_cache(self, position, max_len=None):
+        return None
+
+    def state_size(self, length):
+        return 0
+
+
+def test_one_line_makes_a_pair_function_or_a_mixer_usable_by_name(monkeypatch, data, tmp_path):
+    monkeypatch.setitem(PAIRS, "max", MaxPair)
+    monkeypatch.setitem(MIXERS, "echo", Echo)
+    config = GPTConfig(mixers="echo,max", n_layer=4, shifts="layer")
+    assert config.layers == [("echo", ()), ("max", (1,)), ("echo", ()), ("max", (2,))]
+    assert receptive_field(config).tolist() == [1, 1, 1, 1]
+    model, idx = tiny("max,echo", torch.float64), tokens(2, 20)
+    assert torch.allclose(stream(model, idx, [7, 13]), model(idx)[0], atol=1e-9)
+    assert "echo" in hsm.layer_table(model) and "max" in MIXERS
+    assert train.main([*flags(small(data, tmp_path)), "--mixers", "echo,max"]) == 0
+    assert sample.main(["--out", str(tmp_path), "--tokens", "5"]) is None
+
+
+ALONE = """
+import torch
+from hsm import GPT, GPTConfig
+
+torch.manual_seed(0)
+model = GPT(GPTConfig(vocab_size=31, n_layer=3, n_embd=16, n_head=2, mixers="ab,ab,softmax"))
+idx = torch.randint(31, (2, 17))
+optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+for _ in range(20):
+    losses.append(model(idx[:, :-1], idx[:, 1:])[1])
+    optimizer.zero_grad()
+    losses[-1].backward()
+    optimizer.step()
+cache = model.init_cache(2)
+streamed = torch.cat([model(chunk, cache=cache)[0] for chunk in idx.split(5, dim=1)], dim=1)
+assert torch.allclose(streamed, model(idx)[0], atol=1e-5) and losses[-1] < losses[0]
+print(len(list(model.generate(idx, 7))))
+"""
+
+
+def test_hsm_py_alone_in_an_empty_folder_trains_streams_and_generates(tmp_path):
+    write(tmp_path / "hsm.py", (HERE / "hsm.py").read_bytes())
+    running = command("-c", ALONE, cwd=tmp_path)
+    out, errors = running.communicate(timeout=60)
+    assert out == "7\n", errors
+
+
+# ---- Parameters and initialisation ---------------------------------------------------------------
 SIZES = [
     {"n_layer": 7, "n_head": 4, "n_embd": 64, "block_size": 128},
     {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
@@ -673,127 +558,54 @@ SIZES = [
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["small", "gpt2"])
-@pytest.mark.parametrize("flags", [{}, {"in_proj": True}, {"proj": False}, {"bias": True}])
-@pytest.mark.parametrize("mixers", MODELS)
-def test_every_model_has_a_softmax_models_parameters_within_1_percent(mixers, size, flags):
-    with torch.device("meta"):
-        model, baseline = (GPT(GPTConfig(mixers=m, **size, **flags)) for m in (mixers, "softmax"))
-    assert abs(model.num_params() / baseline.num_params() - 1) < 0.01
+@pytest.mark.parametrize("more", [{}, {"in_proj": True}, {"proj": False}, {"bias": True}])
+def test_every_model_has_a_softmax_models_parameters_within_1_percent(size, more):
+    def n_params(mixers):
+        with torch.device("meta"):
+            return GPT(GPTConfig(mixers=mixers, **size, **more)).num_params()
 
-
-def test_num_params_counts_tables_only_when_asked():
-    model = tiny("ab", pos_emb="learned")
-    everything = sum(p.numel() for p in model.parameters())
-    assert model.num_params(non_embedding=False) == everything
-    assert model.num_params() == everything - 31 * 16 - 16 * 16
-
-
-VARIANCE = 0.02**2 * 768  # of the logits at the start, at any width
+    for mixers in MODELS:
+        assert abs(n_params(mixers) / n_params("softmax") - 1) < 0.01, mixers
 
 
 @pytest.mark.parametrize("mixers", MODELS)
 def test_loss_at_initialisation_is_ln_V_and_half_the_logits_variance(mixers):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(mixers=mixers, vocab_size=65))
-    idx = tokens(8, 128, vocab_size=65)
-    expected = math.log(65) + VARIANCE / 2  # ln(sum of V exponentials of normal numbers)
+    model, idx = GPT(GPTConfig(mixers=mixers, vocab_size=65)), tokens(8, 128, vocab_size=65)
+    expected = math.log(65) + 0.02**2 * 768 / 2  # ln(sum of V exponentials of normal numbers)
     assert abs(model(idx, idx.roll(-1, 1))[1].item() - expected) < 0.1
 
 
-@pytest.mark.parametrize("n_embd", [32, 256])
-@pytest.mark.parametrize("mixers", ["ab", "matrix", "softmax"])
-def test_what_a_linear_map_makes_of_a_norm_does_not_depend_on_the_width(mixers, n_embd):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(mixers=mixers, vocab_size=500, n_embd=n_embd, pos_emb="learned"))
-    for linear in [model.blocks[0].mlp.up, model.wte]:
-        y = F.linear(F.layer_norm(torch.randn(500, n_embd), (n_embd,)), linear.weight)
-        assert y.var().item() == pytest.approx(VARIANCE, rel=0.1)
-    down = model.blocks[0].mlp.down.weight
-    scale = 1 / (2 * model.config.n_layer)
-    assert down.var().item() * down.size(1) == pytest.approx(scale * VARIANCE, rel=0.1)
-    assert model.wpe.weight.var().item() * n_embd == pytest.approx(VARIANCE, rel=0.1)
-
-
-@pytest.mark.parametrize("mixers", ["ab", "vec", "matrix"])
-def test_what_writes_to_the_residual_stream_starts_small_with_and_without_a_projection(mixers):
-    x, std = torch.randn(8, 100, 256), {}
-    for proj in (True, False):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(mixers=mixers, vocab_size=9, n_embd=256, n_layer=18, proj=proj))
-        std[proj] = model.blocks[3].mixer(x).std().item()
-    assert 0.05 < std[True] < 0.15 and 0.05 < std[False] < 0.15  # 1 / sqrt(2 n_layer) = 0.17
-
-
-@pytest.mark.parametrize("mixers", MODELS)
-def test_overfits_one_batch(mixers):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(mixers=mixers, vocab_size=31, block_size=16, n_layer=4, n_embd=32))
-    idx = tokens(4, 17)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(100):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1
-
-
-def test_targets_of_minus_one_do_not_count():
-    model, idx = tiny("ab"), tokens(1, 8)
-    targets = idx.clone()
-    targets[:, 3:] = -1
-    logits, loss = model(idx, targets)
-    expected = torch.nn.functional.cross_entropy(logits[0, :3], targets[0, :3])
-    assert torch.allclose(loss, expected)
-
-
-@pytest.mark.parametrize("mixers", MODELS)
-def test_layer_table_names_every_layer_and_its_parameters(mixers):
-    model = tiny(mixers)
-    rows = hsm.layer_table(model).splitlines()
-    for row, (name, _), block in zip(rows[1:], model.config.layers, model.blocks, strict=False):
-        assert row.split()[1] == name
-        assert f"{hsm.n_params(block):,}" in row
-    assert str(len(receptive_field(model.config)) - 1) in rows[-2]
-
-
-# ------------------------------------------------------------------------------------------------
-# Generation
-
-
-def test_generate_is_repeatable_with_a_seed_and_differs_without():
-    model, idx = tiny("ab"), tokens(2, 3)
-
-    def text(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.stack(list(model.generate(idx, 20, generator=generator)))
-
-    assert torch.equal(text(1), text(1))
-    assert not torch.equal(text(1), text(2))
-
-
+# ---- Generation ----------------------------------------------------------------------------------
 def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 
     def drawn(**limits):
         generator = torch.Generator().manual_seed(0)
-        rows = logits.expand(500, 4)
-        return set(hsm.sample_token(rows, generator=generator, **limits).tolist())
+        return set(hsm.sample_token(logits.expand(500, 4), generator=generator, **limits).tolist())
 
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {0, 1}
-    assert drawn(top_k=9) == {0, 1, 2, 3}
-    assert drawn(top_p=0.65) == {0, 1}
+    assert drawn() == drawn(top_k=9) == drawn(top_p=1.0) == {0, 1, 2, 3}
+    assert drawn(top_k=2) == drawn(top_p=0.65) == {0, 1}
     assert drawn(top_p=0.75) == {0, 1, 2}
-    assert drawn(top_p=0.01) == {0}
-    assert drawn(temperature=0) == {0}
+    assert drawn(top_p=0.01) == drawn(temperature=0) == {0}
 
 
-def test_generate_turns_dropout_off_and_the_models_mode_back():
+def test_top_p_of_1_means_all_also_where_the_sum_is_rounded():
+    logits = torch.full((1, 2**16), 0.1)  # float32's sum of their shares reaches 1 before the end
+
+    def draw(top_p):
+        return hsm.sample_token(logits, top_p=top_p, generator=torch.Generator().manual_seed(3))
+
+    assert torch.equal(draw(None), draw(1.0))
+
+
+def test_generate_turns_dropout_off_and_the_models_mode_back_also_when_its_user_stops_early():
     model, idx = tiny("ab", dropout=0.5), tokens(1, 3)
     expected = list(model.generate(idx, 10, 0.0))
     model.train()
     assert list(model.generate(idx, 10, 0.0)) == expected
+    unfinished = model.generate(idx, 10, 0.0)
+    next(unfinished)
     assert model.training
 
 
@@ -814,66 +626,16 @@ def test_generate_refuses_values_out_of_range_before_the_first_token(arguments, 
         tiny().generate(**{"idx": tokens(1, 3), "max_new_tokens": 2} | arguments)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-@pytest.mark.parametrize("mixers", MODELS)
-def test_checkpoint_gives_back_the_same_model(mixers, tmp_path):
-    model, idx = tiny(mixers), tokens(2, 9)
-    config = vars(model.config)
-    hsm.save_checkpoint(tmp_path / "ckpt.pt", model=model.state_dict(), config=config, step=7)
-    checkpoint = hsm.load_checkpoint(tmp_path / "ckpt.pt")
-    assert checkpoint["step"] == 7
-    assert torch.equal(hsm.model_from(checkpoint).eval()(idx)[0], model(idx)[0])
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    hsm.save_checkpoint(path, model={}, config={}, step=1)
-    with pytest.raises(Exception, match="local object"):
-        hsm.save_checkpoint(path, model={}, config=lambda: None, step=2)
-    assert hsm.load_checkpoint(path)["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_checkpoint_missing_cut_off_or_of_others_says_so(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    with pytest.raises(BadInput, match="no checkpoint"):
-        hsm.load_checkpoint(path)
-    hsm.save_checkpoint(path, model=tiny().state_dict(), config={})
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="cut off"):
-        hsm.load_checkpoint(path)
-    path.write_bytes(b"hello")
-    with pytest.raises(BadInput, match="no checkpoint of ours"):
-        hsm.load_checkpoint(path)
-    torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(BadInput, match="no checkpoint of ours"):
-        hsm.load_checkpoint(path)
-
-
-def test_a_checkpoint_of_another_shape_says_so():
-    model = tiny()
-    checkpoint = {"model": model.state_dict(), "config": vars(model.config) | {"n_embd": 32}}
-    with pytest.raises(BadInput, match="does not fit"):
-        hsm.model_from(checkpoint)
-
-
-# ------------------------------------------------------------------------------------------------
-# prepare_data.py
-
-
+# ---- prepare_data.py -----------------------------------------------------------------------------
 def story(n_words, seed=0):
     """Made-up text with something to learn: words of a small vocabulary, one with an accent."""
-    generator = np.random.default_rng(seed)
-    words = np.array(
-        re.findall(r"[^ ]+", "the cat sat on a mat and saw naïve dogs; then, it ran.\n")
-    )
-    return " ".join(words[generator.integers(len(words), size=n_words)])
+    words = "the|cat|sat|on|a|mat|and|saw|naïve|dogs;|then,|it|ran.\n"
+    words = np.array(words.split("|"))
+    return " ".join(words[np.random.default_rng(seed).integers(len(words), size=n_words)])
 
 
 def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     return path
 
@@ -892,21 +654,26 @@ def no_network(monkeypatch):
         raise urllib.error.URLError("no network in this test")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
 
 
 def has_gpt2():
     try:
-        prepare_data.load_gpt2()
+        return bool(prepare_data.Tokenizer({"tokenizer": "gpt2"}))
     except BadInput:
         return False
-    return True
 
 
 needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason="no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR")
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
 TOKENIZERS = ["char", "byte", pytest.param("gpt2", marks=needs_gpt2)]
+
+
+def prepared_text(folder):
+    """What the numbers of both splits say, and the meta."""
+    meta = prepare_data.read_meta(folder)
+    tokenizer = prepare_data.Tokenizer(meta)
+    splits = [prepare_data.open_tokens(folder, split, meta) for split in ("train", "val")]
+    return "".join(tokenizer.decode(numbers) for numbers in splits), meta
 
 
 @pytest.mark.parametrize("chunk", [3, 50, 2**20])
@@ -916,558 +683,387 @@ def test_prepared_tokens_are_the_texts_tokens_however_it_is_read(
 ):
     text = story(500) + "\n\n  two  blanks \n<|endoftext|> 你好 🙂\r\n\tend   "
     monkeypatch.setattr(prepare_data, "CHUNK", chunk)
-    path = write(tmp_path / "text.txt", text)
-    meta = prepare_data.prepare("file", path, kind, tmp_path / "out")
-    tokenizer = prepare_data.Tokenizer(prepare_data.read_meta(tmp_path / "out"))
+    meta = prepare_data.prepare("file", write(tmp_path / "a.txt", text), kind, tmp_path / "out")
+    tokenizer, size = prepare_data.Tokenizer(meta), len(text.encode())
     head, tail = (prepare_data.open_tokens(tmp_path / "out", s, meta) for s in ("train", "val"))
-    size = len(text.encode())
     train_text = text.encode()[: size * 9 // 10].decode("utf-8", "ignore")
-    assert head.tolist() == tokenizer.encode(train_text).tolist()
-    assert tail.tolist() == tokenizer.encode(text[len(train_text) :]).tolist()
+    if kind != "gpt2" or chunk > 3:  # a piece without any blank is cut as it comes
+        assert head.tolist() == tokenizer.encode(train_text).tolist()
+        assert tail.tolist() == tokenizer.encode(text[len(train_text) :]).tolist()
     assert tokenizer.decode(head) + tokenizer.decode(tail) == text
     assert meta["train_bytes"] + meta["val_bytes"] == size
-    assert meta["bytes_per_token"] == pytest.approx(size / (len(head) + len(tail)), abs=1e-4)
 
 
-def test_shakespeare_splits_as_elsewhere_nine_tenths_of_the_characters(tmp_path):
-    write(tmp_path / "input.txt", "abcdefghi\n" * 111539 + "abcd")  # 1,115,394 bytes
-    meta = prepare_data.prepare("shakespeare", folder=tmp_path)
-    assert (meta["train_tokens"], meta["val_tokens"]) == (1003854, 111540)
-
-
-def test_meta_names_the_sha256_of_the_source(tmp_path):
-    meta = prepare_data.prepare("file", write(tmp_path / "a.txt", "hello " * 10), folder=tmp_path)
-    assert meta["sha256"] == "895e4dd43de1abe1fa344c858372e8beece8e78b1debefc192a2b2c67f1295c3"
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("piece", ["ACGT", "你好世界", " ", "x\t"])
+def test_reading_takes_a_time_that_grows_with_the_size_alone(piece, kind, tmp_path):
+    began = time.process_time()
+    prepare_data.prepare("file", write(tmp_path / "a.txt", piece * 300_000), kind, tmp_path / "out")
+    assert time.process_time() - began < 10  # one pass takes one or two seconds
 
 
 def test_more_than_65536_characters_take_four_bytes_each(tmp_path):
-    text = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x14000)]))
-    folder = tmp_path / "out"
-    meta = prepare_data.prepare("file", write(tmp_path / "all.txt", text), folder=folder)
-    assert meta["dtype"] == "uint32" and meta["vocab_size"] == len(text) > 65536
-    numbers = prepare_data.open_tokens(folder, "val", meta)
-    assert prepare_data.Tokenizer(meta).decode(numbers) == text[-len(numbers) :]
+    text = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0xFEFF), *range(0xFF00, 0x14000)]))
+    prepare_data.prepare("file", write(tmp_path / "all.txt", text), folder=tmp_path / "out")
+    read, meta = prepared_text(tmp_path / "out")
+    assert meta["dtype"] == "uint32" and read == text
 
 
-def test_a_folder_of_text_files_is_read_in_the_order_of_names(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, text in (("b.txt", "b" * 50), ("a.txt", "a" * 50), ("c.md", "c")):
-        write(tmp_path / "in" / name, text)
-    meta = prepare_data.prepare("file", tmp_path / "in", folder=tmp_path / "out")
-    tokens = prepare_data.open_tokens(tmp_path / "out", "train", meta)
-    assert prepare_data.Tokenizer(meta).decode(tokens) == "a" * 50 + "b" * 40
+def test_a_folder_means_its_visible_txt_files_in_the_order_of_names(tmp_path, capsys):
+    home = tmp_path / "in"
+    for name in ("b.txt", "a.TXT", "sub/c.txt"):
+        write(home / name, Path(name).stem * 50)
+    for name in (".ipynb_checkpoints/b-checkpoint.txt", "._b.txt", "notes.md", "old.txt/x.md"):
+        write(home / name, b"\xff no text")
+    for _ in range(2):  # the second time our own files lie in the folder, too
+        prepare_data.prepare("file", home, folder=home / "ready")
+        assert prepared_text(home / "ready")[0] == "a" * 50 + "b" * 50 + "c" * 50
+        assert "3 visible .txt files" in capsys.readouterr().out
+        write(home / "ready" / "input.txt", "mine")
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_openwebtext_is_streamed_from_a_local_copy_and_max_docs_ends_it(form, tmp_path):
-    datasets = pytest.importorskip("datasets", reason='needs: pip install "datasets>=3,<6"')
-    rows = [{"text": f"document {i} " + story(20, i)} for i in range(9)]
-    source = tmp_path / f"docs.{form}"
-    if form == "jsonl":
-        write(source, "".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(str(source))
-    prepare_data.prepare("openwebtext", source, "char", tmp_path / "out", max_docs=7)
-    text = (tmp_path / "out" / "input.txt").read_text(encoding="utf-8")
-    assert text == "".join(row["text"] + "<|endoftext|>" for row in rows[:7])
+def test_the_same_bytes_are_the_same_tokens_in_a_text_and_in_a_prompt_file(tmp_path):
+    text = "\ufefftwo\r\nlines\rand \ufeff more\n" * 30
+    path = write(tmp_path / "a.txt", text)
+    prepare_data.prepare("file", path, folder=tmp_path / "out")
+    read, meta = prepared_text(tmp_path / "out")
+    prompt = sample.read_prompt(sample.SampleConfig(prompt_file=str(path)))
+    assert prompt == read == text[1:]  # a BOM at the start is no text; elsewhere it is
+    assert len(prepare_data.Tokenizer(meta).encode(prompt)) == len(text) - 1
 
 
-def test_the_standard_library_is_a_corpus_without_a_network(no_network, tmp_path):
-    meta = prepare_data.prepare("stdlib", folder=tmp_path)
-    assert meta["tokenizer"] == "byte" and meta["train_bytes"] > 5_000_000
-    assert "class JSONDecoder" in (tmp_path / "input.txt").read_text(encoding="utf-8")
+def test_two_programs_that_prepare_one_folder_both_end_well_and_delete_nothing_of_others(tmp_path):
+    write(tmp_path / "a.txt", story(20_000)), write(tmp_path / "out" / "thesis.tmp", "mine")
+    words = (HERE / "prepare_data.py", "file", "a.txt", "--out", "out")
+    both = [command(*words, cwd=tmp_path) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert prepared_text(tmp_path / "out")[0] == story(20_000)
+    assert (tmp_path / "out" / "thesis.tmp").read_text("utf-8") == "mine"
 
 
 class Reply(io.BytesIO):
     """What urlopen gives back."""
 
-    def __init__(self, content, length=None):
+    def __init__(self, content, length):
         super().__init__(content)
-        self.headers = {"Content-Length": str(len(content) if length is None else length)}
+        self.headers = Message()
+        self.headers["Content-Length"] = str(length)
+
+    def info(self):
+        return self.headers
 
 
 @pytest.mark.parametrize(
-    ("reply", "sha256", "words"),
+    ("reply", "words"),
     [
-        (Reply(b"hello"), "1234", "sha256 differs"),
-        (Reply(b"hello", length=9), "", "broke off"),
-        (urllib.error.URLError("unreachable"), "", "cannot download .*unreachable.*stdlib"),
-        (TimeoutError("timed out"), "", "cannot download .*timed out"),
+        (Reply(b"hello", 5), "sha256 differs"),
+        (Reply(b"hello", 9), "cannot download .*incomplete"),
+        (urllib.error.URLError("unreachable"), "cannot download .*unreachable.*stdlib"),
+        (TimeoutError("timed out"), "cannot download .*timed out"),
+        (http.client.BadStatusLine("garbage"), "cannot download .*garbage"),
+        (http.client.IncompleteRead(b"x"), "cannot download .*Incomplete"),
+        (UnicodeError("label too long"), "cannot download .*too long"),
     ],
 )
-def test_a_failed_download_says_so_and_leaves_nothing(reply, sha256, words, tmp_path, monkeypatch):
-    def urlopen(*_, timeout):
+def test_a_failed_download_says_so_and_leaves_nothing(reply, words, tmp_path, monkeypatch):
+    def urlopen(*_, **__):
         if isinstance(reply, Exception):
             raise reply
         return reply
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(BadInput, match=words):
-        prepare_data.download("https://example.org/a", tmp_path / "input.txt", sha256)
+        prepare_data.download("https://example.org/a", tmp_path / "input.txt", "1234")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_good_download_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Reply(b"hello"))
-    prepare_data.download("https://example.org/a", tmp_path / "input.txt")
-    assert (tmp_path / "input.txt").read_bytes() == b"hello"
+def test_a_text_that_is_newer_than_its_numbers_is_said(tmp_path, capsys):
+    path = write(tmp_path / "input.txt", story(500))
+    prepare_data.prepare("shakespeare", folder=tmp_path)
+    prepare_data.read_meta(tmp_path)
+    assert "newer" not in capsys.readouterr().out
+    os.utime(path, (time.time() + 10,) * 2)
+    prepare_data.read_meta(tmp_path)
+    assert "newer than what was prepared" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "ROMEO: naïve 🙂", "\udce9"])  # the last: a stray byte
-def test_bytes_take_any_text(text):
-    tokenizer = prepare_data.Tokenizer({"tokenizer": "byte"})
-    tokens = tokenizer.encode(text)
-    assert tokenizer.decode_bytes(tokens) == text.encode("utf-8", "surrogateescape")
-    assert (tokens < tokenizer.vocab_size).all()
-
-
-# ------------------------------------------------------------------------------------------------
-# train.py
-
-
-def small(data, out, **fields):
+# ---- train.py ------------------------------------------------------------------------------------
+def small(data, out, **more):
     """A run of a few seconds."""
     shape = {"vocab_size": 0, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16}
-    shape |= {name: fields.pop(name) for name in list(fields) if name in vars(GPTConfig())}
+    shape |= {name: more.pop(name) for name in list(more) if name in vars(GPTConfig())}
     settings = {"steps": 12, "eval_interval": 5, "warmup": 2, "sample_tokens": 20, "batch_size": 4}
-    return train.TrainConfig(
-        model=GPTConfig(**shape), data=str(data), out=str(out), **settings | fields
-    )
+    settings |= {"threads": 1} | more
+    return train.TrainConfig(GPTConfig(**shape), data=str(data), out=str(out), **settings)
 
 
-def checkpoints_equal(a, b):
+def flags(config):
+    """The command-line words of a configuration."""
+    words = []
+    for name, value in ({**vars(config.model), **vars(config)}).items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        elif value is not None and name != "model":
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def log(out):
+    return [json.loads(row) for row in (out / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def same_but_for_the_clock(a, b):
     """All tensors bit for bit, and all else but the clock."""
     if isinstance(a, dict):
-        clock = {"seconds", "elapsed_s", "tokens_per_s", "out"}
-        return a.keys() == b.keys() and all(
-            checkpoints_equal(a[k], b[k]) for k in a if k not in clock
-        )
+        names = a.keys() - {"seconds", "elapsed_s", "tokens_per_s", "out", "resume"}
+        return a.keys() == b.keys() and all(same_but_for_the_clock(a[n], b[n]) for n in names)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(checkpoints_equal, a, b))
+        return len(a) == len(b) and all(map(same_but_for_the_clock, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     """Press Ctrl-C in the middle of that step, or send another signal."""
-    update = train.Trainer.update
+    batch = train.Windows.batch
 
-    def update_and_press(trainer):
-        if trainer.step == step:
+    def batch_and_press(self, size, seed, n, *ranks):
+        if n == step:
             signal.raise_signal(number)
-        update(trainer)
+        return batch(self, size, seed, n, *ranks)
 
-    monkeypatch.setattr(train.Trainer, "update", update_and_press)
+    monkeypatch.setattr(train.Windows, "batch", batch_and_press)
 
 
-@pytest.mark.parametrize("mixers", MODELS)
+@pytest.mark.parametrize("mixers", ["ab", "gate1", "softmax", "gate2,ab,softmax"])
 def test_resuming_after_ctrl_c_equals_an_uninterrupted_run_bit_for_bit(
     mixers, data, tmp_path, monkeypatch, capsys
 ):
     fields = {"mixers": mixers, "dropout": 0.1, "grad_accum": 2}
     assert train.train(small(data, tmp_path / "whole", **fields)).stopped_by == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 7)
+        interrupt_at(patch, 14)  # the first batch of step 7
         assert train.train(small(data, tmp_path / "cut", **fields)).stopped_by == signal.SIGINT
     assert f"train.py --resume --out {tmp_path / 'cut'}" in capsys.readouterr().out
-    assert hsm.load_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 8  # the step was ended
+    assert train.load_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == 8  # the step was ended
     assert train.main(["--resume", "--out", str(tmp_path / "cut")]) == 0  # flags come from there
     for name in ("ckpt.pt", "best.pt"):
-        cut, whole = (hsm.load_checkpoint(tmp_path / run / name) for run in ("cut", "whole"))
-        assert checkpoints_equal(cut, whole)
-    assert sample.main(["--out", str(tmp_path / "cut"), "--tokens", "5"]) is None
+        cut, whole = (train.load_checkpoint(tmp_path / run / name) for run in ("cut", "whole"))
+        assert same_but_for_the_clock(cut, whole)
 
 
-def test_a_finished_run_goes_on_with_more_steps(data, tmp_path):
-    train.train(small(data, tmp_path))
-    assert train.main(["--resume", "--out", str(tmp_path), "--steps", "15"]) == 0
-    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == [0, 5, 10, 12, 15]
-    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 15
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_or_a_closed_terminal_saves_and_ends_with_128_and_its_number(
+    name, data, tmp_path, monkeypatch
+):
+    number = getattr(signal, name, None) or pytest.skip(f"this system has no {name}")
+    interrupt_at(monkeypatch, 7, number)
+    assert train.main(flags(small(data, tmp_path))) == 128 + number
+    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 8
+
+
+def test_flags_on_resume_are_laid_over_what_the_run_had_and_a_run_that_trained_ends_well(
+    data, tmp_path
+):
+    resume = ["--resume", f"--out={tmp_path}"]
+    assert train.main(flags(small(data, tmp_path, block_size=8, eval_tokens=64))) == 0
+    assert train.main([*resume, "--eval-tokens", "32", "--steps=13"]) == 0
+    (tmp_path / "best.pt").unlink()
+    assert train.main([*resume, "--dropout", "0.1", "--steps=15"]) == 0
+    assert train.load_checkpoint(tmp_path / "best.pt")["config"]["dropout"] == 0.1
+    assert [row["step"] for row in log(tmp_path)] == [0, 5, 10, 12, 13, 15]
 
 
 def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp_path, capsys):
-    result = train.train(small(data, tmp_path))
-    rows = [json.loads(row) for row in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
-    assert rows == result.history
-    names = [
-        "step",
-        "train_loss",
-        "val_loss",
-        "val_bpb",
-        "lr",
-        "tokens_per_s",
-        "elapsed_s",
-        "skipped",
-    ]
-    assert all(list(row) == names for row in rows)
-    expected = math.log(result.model.config.vocab_size) + VARIANCE / 2
-    assert rows[0]["val_loss"] == pytest.approx(expected, abs=0.1)
+    result = train.train(small(data, tmp_path, steps=150, n_embd=32, lr=1e-2, batch_size=16))
+    names = ["step", "train_loss", "val_loss", "val_bpb", "lr", "tokens_per_s", "elapsed_s"]
+    assert log(tmp_path) == result.history and all(list(row) == names for row in log(tmp_path))
+    assert result.best_loss < 1.2 < 2.5 < result.history[0]["val_loss"]  # it learned
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    best = hsm.load_checkpoint(tmp_path / "best.pt")
-    assert best["best_loss"] == min(row["val_loss"] for row in rows) == result.best_loss
+    best = train.load_checkpoint(tmp_path / "best.pt")
+    assert best["best_loss"] == min(row["val_loss"] for row in log(tmp_path)) == result.best_loss
     printed = capsys.readouterr().out
     assert f"python sample.py --out {tmp_path}" in printed
     assert f"{result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits a byte" in printed
     assert hsm.layer_table(result.model) in printed
+    train.train(small(data, tmp_path))  # a second run keeps the first one
+    previous = tmp_path / "previous"
+    assert train.load_checkpoint(previous / "best.pt")["best_loss"] == result.best_loss
+    assert {"best.pt", "ckpt.pt", "log.jsonl", "loss.png"} == {p.name for p in previous.iterdir()}
 
 
-def test_training_learns(data, tmp_path):
-    result = train.train(small(data, tmp_path, steps=150, n_embd=32, lr=1e-2, batch_size=16))
-    assert result.best_loss < 1.2 < 2.5 < result.history[0]["val_loss"]
-
-
-def test_a_second_run_keeps_the_first_one_in_previous(data, tmp_path):
-    first = train.train(small(data, tmp_path))
-    train.train(small(data, tmp_path, seed=2))
-    kept = hsm.load_checkpoint(tmp_path / "previous" / "best.pt")
-    assert kept["best_loss"] == first.best_loss
-    assert sorted(p.name for p in (tmp_path / "previous").iterdir()) == [
-        "best.pt",
-        "ckpt.pt",
-        "log.jsonl",
-        "loss.png",
-    ]
-
-
-def test_the_batch_of_a_step_depends_on_the_seed_and_the_step_alone(data):
+def windows(data, split="train"):
     meta = prepare_data.read_meta(data)
-    windows = train.Windows(data, "train", meta, 16, torch.device("cpu"))
-    batch = {(seed, n): windows.batch(4, seed, n)[0] for seed in (1, 2) for n in (0, 1, 2**33)}
-    assert torch.equal(batch[1, 1], windows.batch(4, 1, 1)[0])
-    different = {tuple(idx.flatten().tolist()) for idx in batch.values()}
-    assert len(different) == len(batch)
+    return train.Windows(data, split, meta, 16, torch.device("cpu")), meta
 
 
-def test_batches_are_the_corpus_and_targets_are_one_token_on(data, monkeypatch):
-    meta = prepare_data.read_meta(data)
-    device = torch.device("cpu")
-    tokens = torch.from_numpy(prepare_data.open_tokens(data, "train", meta).astype(np.int64))
-    in_memory = train.Windows(data, "train", meta, 16, device)
-    on_disk = train.Windows(data, "train", meta, 16, device)
-    on_disk.on_device, on_disk.tokens = False, prepare_data.open_tokens(data, "train", meta)
-    for windows in (in_memory, on_disk):
-        idx, targets = windows.at(torch.tensor([5, len(tokens) - 17]))
-        assert torch.equal(idx, torch.stack([tokens[5:21], tokens[-17:-1]]))
-        assert torch.equal(targets, torch.stack([tokens[6:22], tokens[-16:]]))
-        assert idx.dtype == torch.int64
-
-
-def test_every_place_of_the_corpus_can_be_drawn(data):
-    meta = prepare_data.read_meta(data)
-    windows = train.Windows(data, "train", meta, meta["train_tokens"] - 3, torch.device("cpu"))
-    firsts = set()
-    windows.at = lambda starts: firsts.update(starts.tolist())
-    for number in range(50):
-        windows.batch(4, 1, number)
-    assert firsts == {0, 1, 2}  # three windows of T + 1 tokens fit
+def test_batches_are_the_corpus_one_token_on_and_depend_on_the_seed_and_the_step_alone(data):
+    drawn, meta = windows(data)
+    numbers = torch.from_numpy(prepare_data.open_tokens(data, "train", meta).astype(np.int64))
+    idx, targets = drawn.at(np.array([5, len(numbers) - 17]))
+    assert torch.equal(idx, torch.stack([numbers[5:21], numbers[-17:-1]]))
+    assert torch.equal(targets, torch.stack([numbers[6:22], numbers[-16:]]))
+    batch = {(seed, n): drawn.batch(4, seed, n)[0] for seed in (1, 2) for n in (0, 1, 2**33)}
+    assert torch.equal(batch[1, 1], drawn.batch(4, 1, 1)[0])
+    assert len({tuple(idx.flatten().tolist()) for idx in batch.values()}) == len(batch)
 
 
 def test_evaluation_takes_all_windows_or_evenly_spread_ones(data):
-    meta = prepare_data.read_meta(data)
-    windows = train.Windows(data, "val", meta, 16, torch.device("cpu"))
-    every = windows.evenly(10**9)
+    drawn, meta = windows(data, "val")
+    every, some = drawn.evenly(10**9), drawn.evenly(160)
     assert every.tolist() == list(range(0, meta["val_tokens"] - 16, 16))
-    some = windows.evenly(160)
     assert len(some) == 10 and set(some.tolist()) <= set(every.tolist())
-    assert some[1:].sub(some[:-1]).unique().numel() <= 2
+    assert len(set(np.diff(some))) <= 2
 
 
 def test_matrices_decay_and_vectors_do_not():
     for mixers in MODELS:
-        model = tiny(mixers, bias=True)
-        matrices, vectors = train.make_optimizer(
-            model, train.TrainConfig(), torch.device("cpu")
-        ).param_groups
+        model, config = tiny(mixers, bias=True), train.TrainConfig()
+        matrices, vectors = train.make_optimizer(model, config, torch.device("cpu")).param_groups
         assert matrices["weight_decay"] > 0 == vectors["weight_decay"]
         names = {id(p): name for name, p in model.named_parameters()}
-        still = {names[id(p)].rpartition(".")[2] for p in vectors["params"]}
-        assert still <= {"a", "b", "weight", "bias"}
         assert len(matrices["params"]) + len(vectors["params"]) == len(names)
         assert all(names[id(p)].endswith("weight") for p in matrices["params"])
+        assert all(p.dim() < 2 for p in vectors["params"])
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
     config = train.TrainConfig(steps=110, warmup=10, lr=1.0, lr_end=0.1)
     rates = [train.learning_rate(config, step) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
-    assert (
-        rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
-    )
+    assert [rates[n] for n in (10, 60, 110)] == pytest.approx([1.0, 0.55, 0.1])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_bits_a_byte_are_nats_a_token_over_ln_2_times_tokens_a_byte():
-    meta = {"val_tokens": 100, "val_bytes": 400}
-    assert prepare_data.bits_per_byte(4 * math.log(2), meta) == pytest.approx(1.0)
 
 
 def test_a_compiled_run_saves_the_plain_names(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    train.train(small(data, tmp_path / "fast", steps=5, compile=True))
-    train.train(small(data, tmp_path / "plain", steps=5))
-    fast, plain = (hsm.load_checkpoint(tmp_path / d / "ckpt.pt") for d in ("fast", "plain"))
+    for name, compiles in (("fast", True), ("plain", False)):
+        train.train(small(data, tmp_path / name, steps=5, compile=compiles))
+    fast, plain = (train.load_checkpoint(tmp_path / d / "ckpt.pt") for d in ("fast", "plain"))
     assert fast["model"].keys() == plain["model"].keys()
-    assert all(
-        torch.allclose(fast["model"][k], plain["model"][k], atol=1e-5) for k in plain["model"]
-    )
+    for name, weight in plain["model"].items():
+        assert torch.allclose(fast["model"][name], weight, atol=1e-5)
 
 
-def test_fused_kernels_are_a_choice_of_three():
+def test_flags_are_choices_of_three_also_in_nanogpts_words_and_a_preset_may_stand_behind(
+    monkeypatch,
+):
     for words, wanted in (([], None), (["--fast"], True), (["--no-fast"], False)):
         for before in (None, True, False):  # as a checkpoint has it
-            config = train.TrainConfig(fast=before)
-            config = prepare_data.parse(train.TrainConfig, words, "", config)
+            default = train.TrainConfig(fast=before)
+            config = prepare_data.parse(train.TrainConfig, words, "", default)
             assert config.fast is (wanted if words else before)
+    seen, ended = [], train.Result(*[None] * 7, 0)
+    monkeypatch.setattr(train, "train", lambda config, saved: seen.append(config) or ended)
+    train.main(["--batch_size=4", "deep"])
+    train.main(["deep", "--compile=False"])
+    train.main(["--compile=True", "--out", "deep"])  # here it is a folder
+    assert [config.steps for config in seen] == [4000, 4000, 1700]
+    assert [config.batch_size for config in seen] == [4, 16, 16]
+    assert [config.compile for config in seen] == [None, False, True]
 
 
-def test_fused_kernels_are_taken_by_themselves_on_cuda_alone_and_a_reason_is_given(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    enabled = []
-    monkeypatch.setitem(sys.modules, "fast", SimpleNamespace(enable=enabled.append))
-    for wanted, device, taken in [
-        (None, cpu, False),
-        (None, cuda, True),
-        (True, cuda, True),
-        (False, cuda, False),
-    ]:
-        assert train.choose_kernels("model", wanted, device) == "; fused kernels" * taken
-        assert enabled == ["model"] * taken
-        enabled.clear()
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "fast")
-    words = train.choose_kernels("model", None, cuda)
-    assert "without fused kernels (the fast path needs Triton" in words
-    with pytest.raises(BadInput, match="needs Triton"):
-        train.choose_kernels("model", True, cuda)
-
-
-@pytest.mark.parametrize("before", [None, False, True])
-def test_a_run_resumes_whatever_it_was_told_about_kernels(
-    before, data, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "fast", raising=False)
-    train.train(small(data, tmp_path / "out"))
-    path = tmp_path / "out" / "ckpt.pt"
-    checkpoint = hsm.load_checkpoint(path)
-    assert checkpoint["train"]["fast"] is None
-    hsm.save_checkpoint(path, **checkpoint | {"train": checkpoint["train"] | {"fast": before}})
-    words = ["--resume", "--out", str(tmp_path / "out"), "--steps", "14", "--device", "cpu"]
-    if before:
-        assert "the fast path needs Triton" in refused(capsys, train, *words)
-    assert train.main([*words, *(["--no-fast"] if before else [])]) == 0
-    assert hsm.load_checkpoint(path)["step"] == 14
-
-
-def test_a_known_cards_peak_is_known_and_no_others(monkeypatch):
-    cuda = torch.device("cuda", 0)
-
-    def peak(name, dtype=torch.bfloat16, device=cuda):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda asked: name * (asked == cuda))
-        return train.peak_flops(device, dtype)
-
-    assert peak("NVIDIA H100 80GB HBM3") == pytest.approx(989.4e12)
-    assert peak("Tesla T4", torch.float16) == pytest.approx(65e12)
-    assert peak("NVIDIA H100 80GB HBM3", torch.float32) is None  # the table is of 16 bits
-    assert peak("NVIDIA H100 80GB") is None
-    assert peak("NVIDIA H100 80GB HBM3", device=torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize("mixers", ["ab", "ab,softmax"])
-def test_useful_operations_are_those_of_the_products(mixers, data):
-    # Here, because it imports Triton, and test_fast.py must be the first to do so.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    fields = {"n_embd": 32, "n_layer": 4, "pos_emb": "learned"}
-    trainer = trainer_of(small(data, "out", mixers=mixers, **fields))
-    idx = tokens(2, 16, vocab_size=5)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        trainer.model(idx, idx)[1].backward()
-    counted = counter.get_total_flops() / idx.numel()
-    n_softmax = 2 * mixers.count("softmax")
-    not_causal = 6 * n_softmax * 32 * 16  # PyTorch counts masked pairs, too
-    vectors = 6 * sum(p.numel() for p in trainer.model.parameters() if p.dim() < 2)
-    assert trainer.flops == counted - not_causal + vectors
-
-
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_run_on_a_known_card_logs_and_shows_its_share_of_the_peak(
-    n_ranks, data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e9)
-    result = train.train(small(data, tmp_path / "out"))
-    trainer = trainer_of(small(data, tmp_path / "out"))
-    trainer.n_ranks = n_ranks
-    assert re.search(r"tokens/s, \d+\.\d% of peak", capsys.readouterr().err)
-    for row in result.history[1:]:
-        share = row["tokens_per_s"] * trainer.flops / 1e9
-        assert row["share_of_peak"] == pytest.approx(share, rel=0.01)
-        assert trainer.share_of_peak(row["tokens_per_s"]) == pytest.approx(share / n_ranks)
-
-
-def test_a_run_on_an_unknown_device_names_no_share(data, tmp_path, capsys):
-    result = train.train(small(data, tmp_path / "out"))
-    assert not any("share_of_peak" in row for row in result.history)
-    errors = capsys.readouterr().err
-    assert "tokens/s" in errors and "peak" not in errors
-
-
-def test_a_run_compiles_on_cuda_unless_told_otherwise(data, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    train.train(small(data, tmp_path, steps=1))
-    assert not compiled
-    train.train(small(data, tmp_path, steps=1, compile=True))
-    assert len(compiled) == 1
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [train.wants(choice, cuda) for choice in (None, True, False)] == [True, True, False]
-    assert [train.wants(choice, cpu) for choice in (None, True, False)] == [False, True, False]
-
-
-def test_a_failing_compiler_is_named(data, tmp_path, monkeypatch):
-    def backend(*_):
-        raise RuntimeError("no compiler here")
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    with pytest.raises(BadInput, match="--no-compile"):
-        train.train(small(data, tmp_path, compile=True))
-
-
-@pytest.mark.parametrize("mixers", MODELS)
-def test_bfloat16_trains_and_the_weights_stay_float32(mixers, data, tmp_path):
-    result = train.train(small(data, tmp_path, mixers=mixers, dtype="bfloat16", sample_tokens=0))
-    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
-    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
-
-
-@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, "bfloat16"), (False, "float16")])
-def test_a_card_without_bfloat16_computes_in_float16(has_bfloat16, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert train.pick_dtype("auto", torch.device("cuda")) == getattr(torch, dtype)
-
-
-def finite(checkpoint):
-    return all(weight.isfinite().all() for weight in checkpoint["model"].values())
-
-
-def test_weights_that_are_no_numbers_are_never_saved(data, tmp_path):
-    train.train(small(data, tmp_path, steps=5))
-    with pytest.raises(BadInput, match="smaller --lr"):
-        train.main(["--resume", "--out", str(tmp_path), "--steps", "50", "--lr", "1e30"])
-    trainer = trainer_of(small(data, tmp_path))
-    with torch.no_grad():
-        trainer.model.norm.weight[3] = math.inf
-    with pytest.raises(BadInput, match="smaller --lr"):
-        trainer.save()
-    checkpoint = hsm.load_checkpoint(tmp_path / "ckpt.pt")
-    assert checkpoint["step"] == 5 and finite(checkpoint)
-
-
-def losses_are_nan_at(monkeypatch, steps):
-    loss = train.Trainer.loss
-
-    def loss_or_nan(trainer, *batch):
-        broken = trainer.model.training and trainer.step in steps
-        return loss(trainer, *batch) * (math.nan if broken else 1)
-
-    monkeypatch.setattr(train.Trainer, "loss", loss_or_nan)
-
-
-def test_steps_with_gradients_that_are_no_numbers_are_left_out_and_counted(
-    data, tmp_path, monkeypatch
-):
-    losses_are_nan_at(monkeypatch, {2, 3, 8})
-    result = train.train(small(data, tmp_path))
-    assert [row["skipped"] for row in result.history] == [0, 2, 3, 3]
-    assert finite(hsm.load_checkpoint(tmp_path / "ckpt.pt"))
-    assert all(math.isfinite(row["train_loss"]) for row in result.history[1:])
-
-
-def test_a_left_out_step_changes_no_weight(data, tmp_path, monkeypatch):
-    losses_are_nan_at(monkeypatch, {0, 1, 2})
-    trainer = trainer_of(small(data, tmp_path))
-    before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
-    for step in range(4):
-        trainer.update()
-        same = [torch.equal(w, before[name]) for name, w in trainer.model.state_dict().items()]
-        assert all(same) if step < 3 else not any(same)
-
-
-def trainer_of(config, device="cpu"):
-    meta = prepare_data.read_meta(config.data)
-    config.model.vocab_size = meta["vocab_size"]
-    return train.Trainer(config, meta, torch.device(device))
-
-
-def test_ten_such_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(
-    data, tmp_path, monkeypatch
-):
-    losses_are_nan_at(monkeypatch, range(13, 10**6))
-    with pytest.raises(BadInput, match=r"not finite .* in a row.*smaller --lr"):
-        train.train(small(data, tmp_path, steps=1000, eval_interval=100))
-    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 0
-
-
-def test_overflows_in_float16_are_the_scalers_and_not_counted(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "pick_dtype", lambda *_: torch.float16)
-    trainer = trainer_of(small(data, tmp_path))
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    for _ in range(30):
-        trainer.update()
-    loss, skipped = trainer.look()
-    assert skipped == 0 and math.isfinite(loss)
-    assert trainer.scaler.get_scale() < 2.0**40  # it did overflow
-
-
-def test_an_apple_gpu_is_taken_for_one(monkeypatch):
+def test_the_best_device_is_taken_and_a_card_without_bfloat16_computes_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device = train.pick_device("auto")
     assert device.type == "mps" and train.pick_dtype("auto", device) == torch.float32
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert train.pick_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_one_thread_is_taken_where_more_of_them_are_slower(monkeypatch):
+    now, threads = [0.0], [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for seconds_with_4, expected in ((0.001, 4), (0.01, 1)):
+
+        def clock(seconds_with_4=seconds_with_4):
+            now[0] += 0.002 if threads[-1] == 1 else seconds_with_4
+            return now[0]
+
+        monkeypatch.setattr(time, "perf_counter", clock)
+        assert train.pick_threads() == expected
+
+
+def losses_are_nan_at(monkeypatch, steps):
+    forward, n_calls = GPT.forward, [0]
+
+    def forward_or_nan(self, *arguments, **more):
+        logits, loss = forward(self, *arguments, **more)
+        n_calls[0] += self.training
+        broken = self.training and n_calls[0] - 1 in steps
+        return logits, loss * math.nan if broken else loss
+
+    monkeypatch.setattr(GPT, "forward", forward_or_nan)
+
+
+def test_a_step_whose_gradients_are_no_numbers_changes_no_weight(data, tmp_path, monkeypatch):
+    losses_are_nan_at(monkeypatch, range(4))
+    result = train.train(small(data, tmp_path, steps=4, eval_interval=4))
+    torch.manual_seed(1)
+    untouched = GPT(result.model.config).state_dict()
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(weight, untouched[name])
+    assert result.history[-1]["train_loss"] is None
+
+
+def test_ten_such_steps_in_a_row_or_too_high_a_rate_leave_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    losses_are_nan_at(monkeypatch, {2, 3, *range(13, 10**6)})
+    with pytest.raises(BadInput, match=r"not finite .* in a row.*smaller --lr"):
+        train.train(small(data, tmp_path, steps=1000, eval_interval=10))
+    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] in (10, 20)  # 2, 3 were left out
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="smaller --lr"):
+        train.main(["--resume", "--out", str(tmp_path), "--steps", "60", "--lr", "1e10"])
+    checkpoint = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
 
 def test_a_second_training_into_the_same_folder_is_refused(data, tmp_path, capsys):
-    with train.lock_out(tmp_path):
-        line = refused(capsys, train, "--out", tmp_path, *flags(small(data, tmp_path)))
-        assert "another training writes to" in line
+    with train.FileLock(tmp_path / ".lock"):
+        line = refused(capsys, train, *flags(small(data, tmp_path)))
+        assert "another training writes" in line
     train.train(small(data, tmp_path))  # and now it is free
 
 
-def flags(config):
-    return robust.flags(config)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
-def test_a_full_disk_is_said_in_a_line_and_the_last_checkpoint_survives(data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["ckpt.pt", "train.bin"])
+def test_a_full_disk_names_the_file_and_what_was_there_survives(name, data, tmp_path, capsys):
     import resource
 
     train.train(small(data, tmp_path, steps=5))
-    before = (tmp_path / "ckpt.pt").read_bytes()
+    source = write(tmp_path / "a.txt", story(40_000))
+    prepare_data.prepare("file", source, folder=tmp_path)
+    before = (tmp_path / name).read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
-        line = refused(capsys, train, "--resume", "--out", tmp_path, "--steps", 9)
+        resume = (train, "--resume", "--out", tmp_path, "--steps", 9)
+        again = (prepare_data, "file", source, "--out", tmp_path)
+        line = refused(capsys, *(resume if name == "ckpt.pt" else again))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search("cannot write .*ckpt.pt .*File too large", line), line
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert re.search("cannot write .*[.](pt|bin) .*File too large", line), line
+    assert (tmp_path / name).read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-def test_sigterm_saves_and_ends_with_143(data, tmp_path, monkeypatch):
-    train.train(small(data, tmp_path, steps=5))
-    interrupt_at(monkeypatch, 7, signal.SIGTERM)
-    assert train.main(["--resume", "--out", str(tmp_path), "--steps", "20"]) == 143
-    assert hsm.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 8
-
-
-def test_train_prepares_its_corpus_from_input_txt(tmp_path, monkeypatch):
+def test_train_prepares_its_corpus_from_input_txt_but_makes_no_folder_elsewhere(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "shakespeare_char"
-    folder.mkdir(parents=True)
-    write(folder / "input.txt", story(2000))
+    write(folder / "input.txt", story(2000)), (tmp_path / "elsewhere").mkdir()
     train.train(small("data/shakespeare_char", "out"))
     assert prepare_data.read_meta(folder)["corpus"] == "shakespeare"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    line = refused(capsys, train, "--resume", "--out", tmp_path / "out", "--steps", 14)
+    assert "no data/shakespeare_char here" in line
+    line = refused(capsys, train, "--data", "shakespeare_char")
+    assert "--data data/shakespeare_char prepares itself" in line
+    assert not list(Path().iterdir())
 
 
 def test_without_shakespeare_and_network_training_takes_the_standard_library_and_says_so(
@@ -1477,13 +1073,33 @@ def test_without_shakespeare_and_network_training_takes_the_standard_library_and
     result = train.train(small("data/shakespeare_char", "out", eval_tokens=2000))
     assert "standard library in its place" in capsys.readouterr().out
     assert result.model.config.vocab_size == 256
+    assert "class JSONDecoder" in Path("data/stdlib_byte/input.txt").read_text("utf-8")
     assert train.main(["--resume", "--out", "out", "--steps", "14"]) == 0  # it knows where to look
 
 
-# ------------------------------------------------------------------------------------------------
-# sample.py
+def test_a_damaged_or_foreign_checkpoint_says_so_and_runs_nobodys_code(data, tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    train.train(small(data, tmp_path))
+    commands = {"ckpt.pt": (train, "--resume", "--steps", 20), "best.pt": (sample,)}
+    for name, (module, *words) in commands.items():
+        path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+        other = train.load_checkpoint(path)
+        flipped = whole[: len(whole) // 2] + b"?!" + whole[len(whole) // 2 + 2 :]
+        for content in (whole[:3000], b"hello", flipped):
+            path.write_bytes(content)
+            assert "is no checkpoint" in refused(capsys, module, "--out", tmp_path, *words)
+        for items in ({"weights": torch.zeros(2)}, other | {"meta": Trap()}):
+            torch.save(items, path)
+            assert "is no checkpoint" in refused(capsys, module, "--out", tmp_path, *words)
+    train.save_checkpoint(path, **other | {"config": other["config"] | {"n_embd": 32}})
+    assert "does not fit" in refused(capsys, sample, "--out", tmp_path)
+    assert not (tmp_path / "sprung").exists()
 
 
+# ---- sample.py -----------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
     """The folder of a small trained hybrid."""
@@ -1498,189 +1114,143 @@ def sampled(capsys, *arguments):
     return capsys.readouterr()
 
 
-def test_greedy_text_is_the_same_with_and_without_naive(trained, capsys):
-    flags = ["--out", trained, "--tokens", "60", "--temperature", "0", "--prompt", "the cat"]
-    streamed, naive = sampled(capsys, *flags), sampled(capsys, *flags, "--naive")
-    assert streamed.out == naive.out
-    assert streamed.out.startswith("the cat") and len(streamed.out) == 7 + 60 + 1
+def test_greedy_text_is_what_the_model_says_without_its_cache_then_comes_speed_and_state(
+    trained, capsys
+):
+    words = ["--out", trained, "--tokens", "60", "--temperature", "0", "--prompt", "the cat"]
+    model, tokenizer = sample.load(trained)
+    idx = torch.from_numpy(tokenizer.encode("the cat").astype(np.int64))[None]
+    text = tokenizer.decode(naive(model, idx, 60)[:, 0].tolist())
+    printed = sampled(capsys, *words)
+    assert printed.out == f"the cat{text}\n"
+    line = printed.err.splitlines()[-1]
+    assert re.search(r"[\d,]+ tokens/s", line)
+    assert f"state {model.state_bytes(1, 67):,} bytes" in line
+    assert f"softmax layers alone keep {2 * 3 * 16 * 16 * 4:,}]" in line  # K, V, 3 layers, window
 
 
-def test_the_same_seed_gives_the_same_text(trained, capsys):
-    one, again, other = (
-        sampled(capsys, "--out", trained, "--seed", seed).out for seed in ("1", "1", "2")
-    )
-    assert one == again != other
-
-
-def test_a_prompt_from_a_file_and_an_empty_one_work(trained, capsys, tmp_path):
-    file = write(tmp_path / "prompt.txt", "naïve")
-    flags = ["--out", trained, "--tokens", "4"]
-    assert sampled(capsys, *flags, "--prompt-file", str(file)).out.startswith("naïve")
-    assert len(sampled(capsys, *flags).out) == 4 + 1
-    assert sampled(capsys, *flags[:2], "--prompt", "the", "--tokens", "0").out == "the\n"
-
-
-def test_after_the_text_comes_a_line_on_speed_and_state(trained, capsys):
-    line = sampled(capsys, "--out", trained, "--tokens", "50").err.splitlines()[-1]
-    model, _ = sample.load(trained)
-    assert re.search(r"[\d,]+ tokens/s; first token after [\d.]+ ms", line)
-    assert f"state {model.state_bytes(1, 51):,} bytes" in line
-    assert f"{2 * 3 * 16 * 51 * 4:,}]" in line  # K and V, 3 layers, 16 wide, 51 tokens, float32
+def test_a_prompt_from_a_file_an_empty_one_and_one_with_a_dash_work_and_a_seed_repeats(
+    tmp_path, capsys
+):
+    prepare_data.prepare("file", write(tmp_path / "a.txt", "- naïve\n" * 99), folder=tmp_path)
+    train.train(small(tmp_path, tmp_path, steps=1))
+    words = ["--out", str(tmp_path), "--tokens", "9"]
+    file = str(write(tmp_path / "prompt.txt", "naïve"))
+    assert sampled(capsys, *words, "--prompt-file", file).out.startswith("naïve")
+    texts = [sampled(capsys, *words, "--seed", seed).out for seed in "112"]
+    assert len(texts[0]) == 9 + 1 and texts[0] == texts[1] != texts[2]
+    assert sampled(capsys, *words, "--prompt", "- ").out.startswith("- ")
+    assert "two characters" in refused(capsys, sample, *words, "--prompt", r"a\n", lines=2)
 
 
 def test_half_characters_wait_for_their_other_half(tmp_path, capsys):
-    folder = tmp_path / "data"
-    text = write(tmp_path / "a.txt", "你好🙂" * 300)
-    prepare_data.prepare("file", text, "byte", folder)
-    train.train(small(folder, tmp_path / "out", steps=60, n_embd=32, lr=1e-2))
-    printed = sampled(
-        capsys, "--out", str(tmp_path / "out"), "--prompt", "你好", "--temperature", "0"
-    )
+    prepare_data.prepare("file", write(tmp_path / "a.txt", "你好🙂" * 300), "byte", tmp_path / "d")
+    train.train(small(tmp_path / "d", tmp_path / "out", steps=60, n_embd=32, lr=1e-2))
+    words = ["--out", str(tmp_path / "out"), "--prompt", "你好", "--temperature", "0"]
+    printed = sampled(capsys, *words)
     assert "🙂" in printed.out and printed.out.count("\ufffd") <= 1  # the end may cut one
 
 
-@needs_gpt2
-def test_gpt2_tokens_train_and_sample(tmp_path, capsys):
-    text = write(tmp_path / "a.txt", "One day a cat sat down. <|endoftext|>" * 60)
-    prepare_data.prepare("file", text, "gpt2", tmp_path / "data")
-    train.train(small(tmp_path / "data", tmp_path / "out", steps=30, lr=1e-2))
-    printed = sampled(capsys, "--out", str(tmp_path / "out"), "--prompt", "One day")
-    assert printed.out.startswith("One day")
-
-
-def test_a_long_text_needs_no_more_memory_than_a_short_one():
-    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=4, n_embd=16, pos_emb="none"))
-    cache = model.init_cache(1)
-    sizes = set()
-    with torch.no_grad():
-        for _ in range(100):
-            model(tokens(1, 20), cache=cache)
-            sizes.add(sum(line.ring.numel() for state in cache.layers for line in state))
-    assert sizes == {model.state_bytes(1, 10**6) // 4}
-
-
-# ------------------------------------------------------------------------------------------------
-# Bad input: one line that says what was wrong, exit status 2, nothing half-written
-
-
-def refused(capsys, module, *arguments):
-    """The one line that a command prints when it refuses its arguments."""
+# ---- Bad input: what was wrong, exit status 2, no traceback, nothing half-written ----------------
+def refused(capsys, module, *arguments, lines=1):
+    """What a command prints when it refuses: a line of ours, or tyro's box without its frame."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         prepare_data.run(lambda: module.main(list(map(str, arguments))))
     printed = capsys.readouterr()
-    lines = [line for line in re.split(r"[\n\r]", printed.err) if line.strip()]
-    lines = [
-        line for line in lines if not re.search(r"\d%\||[\d?](chunk|B|step)[/ ]", line)
-    ]  # bars
-    assert end.value.code == 2, printed
-    assert len(lines) == 1, printed
-    assert "Traceback" not in printed.err
-    return lines[0]
+    assert end.value.code == 2 and "Traceback" not in printed.err, printed
+    assert "--help" in printed.err or len(printed.err.splitlines()) == lines, printed
+    return " ".join(re.sub(r"[│─╭╮╰╯|+]", " ", printed.err).split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["quik"], "quik.*quick, deep, pure, shakespeare, tinystories, openwebtext"),
-        (["--mixers", "abc"], "unknown mixer 'abc'.*ab, vec, matrix.*softmax"),
-        (["--n-layr", "5"], "--n-layr.*Perhaps.*--n-layer"),
-        (["--n_layr", "5"], "--n_layr.*Perhaps.*--n-layer"),
-        (["--shifts", "1,x"], "1,x"),
-        (["--shifts", "0"], "from 1"),
-        (["--n-embd", "30"], "multiple of n_head"),
-        (["--n-layer", "0"], "n_layer must be at least 1"),
-        (["--n-layer", "two"], "n-layer.*two"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--steps", "-3"], "steps must be at least 1"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
-        (["--grad-accum", "0"], "grad_accum must be at least 1"),
-        (["--eval-interval", "0"], "eval_interval must be at least 1"),
-        (["--eval-tokens", "5"], "eval_tokens"),
-        (["--lr", "0"], "lr must be over 0"),
-        (["--lr", "nan"], "lr must be over 0"),
-        (["--seed", "-1"], "seed must be 0 or more"),
-        (["--beta2", "1"], "beta2"),
-        (["--dropout", "1"], "dropout"),
-        (["--device", "tpu"], "tpu.*auto.*cpu"),
-        (["--dtype", "int8"], "int8.*float32"),
-        (["--dtype", "float16", "--device", "cpu"], "float16 does not train on a CPU"),
-        (["--block-size", "100000", "--eval-tokens", "100000"], "block_size=100000"),
-        (["--vocab-size", "3"], "vocab_size=3"),
-        (["--data", "nowhere"], "nowhere has no meta.json.*prepare_data.py"),
-        (["--resume", "--out", "nowhere"], "no checkpoint nowhere.*train one first"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_train_refuses(arguments, words, data, tmp_path, monkeypatch, capsys):
+REFUSED = [
+    (train, "quik", "quik.*quick, deep, pure, shakespeare, tinystories, openwebtext"),
+    (train, "--mixers abc", "unknown mixer .*abc.*ab, vec, matrix.*softmax"),
+    (train, "--n-layr 5", "--n-layr.*Perhaps.*--n-layer"),
+    (train, "--n_layr 5", "--n.layr.*Perhaps.*--n-layer"),
+    (train, "--shifts 1,x", "1,x"),
+    (train, "--n-embd 30", "multiple of n_head"),
+    (train, "--n-embd 200000 --n-head 2", "too little memory.*--n-embd"),
+    (train, "--n-layer 0", "n_layer must be at least 1"),
+    (train, "--n-layer two", "n-layer.*two"),
+    (train, "--steps 0", "steps must be 1"),
+    (train, "--steps 99999999999999999999", "steps must be 1"),
+    (train, "--batch-size 10000000", "batch_size must be 1"),
+    (train, "--eval-tokens 5", "eval_tokens"),
+    (train, "--lr nan", "lr must be"),
+    (train, "--seed -1", "seed must be 0"),
+    (train, "--beta2 1", "beta2"),
+    (train, "--device tpu", "tpu.*auto.*cpu"),
+    (train, "--dtype float16 --device cpu", "float16 does not train on a CPU"),
+    (train, "--block-size 100000 --eval-tokens 100000", "block_size=100000"),
+    (train, "--vocab-size 3", "vocab_size=3"),
+    (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),
+    (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
+    (prepare_data, "", "corpus"),
+    (prepare_data, "shakespear", "shakespear.*shakespeare.*file"),
+    (prepare_data, "file", "give a file"),
+    (prepare_data, "file nowhere.txt", "no text at 'nowhere.txt'"),
+    (prepare_data, "file .", "folder with .txt files"),
+    (prepare_data, "stdlib extra", "a path for file alone"),
+    (prepare_data, "shakespeare --max-docs 5", "openwebtext alone"),
+    (prepare_data, "openwebtext --max-docs -1", "max_docs, 0 or more"),
+    (prepare_data, "stdlib --tokenizer words", "words.*char.*byte.*gpt2"),
+    (prepare_data, "stdlib --tokenizer gpt2", "TIKTOKEN_CACHE_DIR.*--tokenizer char"),
+    (prepare_data, "shakespeare", "cannot download.*input.txt"),
+    (sample, "--tokens -1", "-1"),
+    (sample, "--temperature -0.5", "temperature"),
+    (sample, "--top-k 0", "top_k"),
+    (sample, "--top-p 1.5", "top_p"),
+    (sample, "--prompt Ж", "'Ж' is not among"),
+    (sample, "--prompt a --prompt-file b", "not both"),
+    (sample, "--prompt-file nowhere.txt", "nowhere.txt"),
+    (sample, "--topk 3", "--topk.*Perhaps.*--top-k"),
+    (sample, "--out nowhere", "no checkpoint nowhere"),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "words"), REFUSED)
+def test_bad_input_is_refused_in_clear_words(
+    module, arguments, words, data, trained, no_network, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    at = [] if "--data" in arguments else ["--data", data]
-    head = arguments[:1] if not arguments[0].startswith("-") else []
-    line = refused(capsys, train, *head, *at, *arguments[len(head) :])
+    more = {train: f"--data={data}", sample: f"--out={trained}"}.get(module, "")
+    more = [] if not more or more.split("=")[0] in arguments or "--resume" in arguments else [more]
+    line = refused(capsys, module, *arguments.split(), *more)
     assert re.search(words, line), line
-    assert not list(tmp_path.rglob("*.*"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("module", [train, sample])
-def test_a_device_that_is_not_there_is_refused(module, trained, data, capsys):
-    line = refused(capsys, module, "--device", "cuda", "--out", trained)
-    assert "no cuda device" in line and "cpu" in line
+    assert not [path for path in tmp_path.rglob("*.*") if path.name not in (".lock", "input.txt")]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, capsys):
     write(tmp_path / "file", "in the way")
-    assert "cannot write" in refused(
-        capsys, train, "--data", data, "--out", tmp_path / "file" / "x"
-    )
-    source = write(tmp_path / "a.txt", story(100))
-    refused(capsys, prepare_data, "file", source, "--out", tmp_path / "file" / "x")
+    out = tmp_path / "file" / "x"
+    assert "cannot write" in refused(capsys, train, "--data", data, "--out", out)
+    refused(capsys, prepare_data, "file", write(tmp_path / "a.txt", story(100)), "--out", out)
     assert (tmp_path / "file").read_text("utf-8") == "in the way"
 
 
-def damage(folder, how):
-    """A copy of a prepared folder, damaged."""
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    if how == "odd size":
-        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
-    elif how == "missing":
-        (folder / "val.bin").unlink()
-    elif how == "meta cut off":
-        write(folder / "meta.json", json.dumps(meta)[:50])
-    elif how == "meta is a list":
-        write(folder / "meta.json", "[]")
-    elif how == "meta claims more":
-        write(folder / "meta.json", json.dumps(meta | {"train_tokens": 10**12}))
-    elif how == "no vocabulary":
-        write(folder / "meta.json", json.dumps(meta | {"vocab": "zzz"}))
-    elif how == "beyond the vocabulary":
-        (folder / "train.bin").write_bytes(b"\xff\xff" * meta["train_tokens"])
-
-
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("name", "damage", "words"),
     [
-        ("odd size", "train.bin has .* bytes, meta.json says"),
-        ("missing", "val.bin is missing"),
-        ("meta cut off", "meta.json is damaged"),
-        ("meta is a list", "meta.json is damaged"),
-        ("meta claims more", "train.bin has .* bytes, meta.json says"),
-        ("no vocabulary", "meta.json is damaged"),
-        ("beyond the vocabulary", "token 65535, beyond its vocabulary"),
+        ("train.bin", lambda meta: b"odd", "train.bin has not"),
+        ("val.bin", lambda meta: b"", "val.bin has not"),
+        ("meta.json", lambda meta: json.dumps(meta)[:50], "meta.json is damaged"),
+        ("meta.json", lambda meta: "[]", "meta.json is damaged"),
+        ("meta.json", lambda meta: json.dumps(meta | {"vocab": "z"}), "meta.json is damaged"),
+        ("train.bin", lambda meta: b"\xff\xff" * meta["train_tokens"], "beyond their vocabulary"),
     ],
 )
-def test_damaged_data_are_refused(how, words, tmp_path, capsys):
-    prepare_data.prepare("file", write(tmp_path / "a.txt", story(500)), folder=tmp_path / "data")
-    damage(tmp_path / "data", how)
-    line = refused(capsys, train, "--data", tmp_path / "data", "--out", tmp_path / "out")
-    assert re.search(words, line), line
-    assert not (tmp_path / "out").exists()
+def test_damaged_data_are_refused(name, damage, words, tmp_path, capsys):
+    meta = prepare_data.prepare("file", write(tmp_path / "a.txt", story(500)), folder=tmp_path)
+    write(tmp_path / name, damage(meta))
+    line = refused(capsys, train, *flags(small(tmp_path, tmp_path / "out")))
+    assert words in line, line
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
+        (b"", "too short .0 bytes"),
         (b"ab", "too short .2 bytes"),
         (b"good text \xff bad", "not UTF-8 text .near byte 10"),
         (b"cut in a character " * 5 + "ü".encode()[:1], "not UTF-8"),
@@ -1688,81 +1258,10 @@ def test_damaged_data_are_refused(how, words, tmp_path, capsys):
 )
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_prepare_refuses_files_that_are_no_text(content, words, tokenizer, tmp_path, capsys):
-    source = write(tmp_path / "a.txt", content)
-    out = tmp_path / "out"
+    source, out = write(tmp_path / "a.txt", content), tmp_path / "out"
     line = refused(capsys, prepare_data, "file", source, "--tokenizer", tokenizer, "--out", out)
     assert re.search(words, line), line
-    assert not list(out.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "corpus"),
-        (["shakespear"], "shakespear.*shakespeare.*file"),
-        (["file"], "say which file"),
-        (["file", "nowhere.txt"], "no file or folder nowhere.txt"),
-        (["file", "."], "no .txt files"),
-        (["stdlib", "extra"], "one word too many"),
-        (["stdlib", "--tokenizer", "words"], "words.*char.*byte.*gpt2"),
-        (["openwebtext", "--max-docs", "-1"], "max-docs"),
-        (["shakespeare"], "cannot download.*input.txt"),
-    ],
-)
-def test_prepare_refuses(arguments, words, no_network, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    line = refused(capsys, prepare_data, *arguments)
-    assert re.search(words, line), line
-    assert not list(tmp_path.rglob("*.*"))
-
-
-def test_gpt2_without_a_network_says_what_to_do(monkeypatch, tmp_path, capsys):
-    import tiktoken
-
-    def refuse(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    source = write(tmp_path / "a.txt", story(100))
-    out = tmp_path / "out"
-    line = refused(capsys, prepare_data, "file", source, "--tokenizer", "gpt2", "--out", out)
-    assert "TIKTOKEN_CACHE_DIR" in line and "--tokenizer char" in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--tokens", "-1"], "--tokens"),
-        (["--temperature", "-0.5"], "temperature"),
-        (["--top-k", "0"], "top_k"),
-        (["--top-p", "1.5"], "top_p"),
-        (["--prompt", "Ж"], "'Ж' is not among"),
-        (["--prompt", "a", "--prompt-file", "b"], "not both"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-        (["--topk", "3"], "--topk.*Perhaps.*--top-k"),
-        (["--out", "nowhere"], "no checkpoint nowhere"),
-    ],
-)
-def test_sample_refuses(arguments, words, trained, capsys):
-    line = refused(capsys, sample, "--out", trained, *arguments)
-    assert re.search(words, line), line
-
-
-def test_a_prompt_file_that_is_no_text_is_refused(trained, tmp_path, capsys):
-    file = write(tmp_path / "a.txt", b"\xff\xfe")
-    assert "not UTF-8" in refused(capsys, sample, "--out", trained, "--prompt-file", file)
-
-
-def test_resume_and_sample_refuse_checkpoints_cut_off_or_of_others(data, tmp_path, capsys):
-    train.train(small(data, tmp_path))
-    whole = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "best.pt")}
-    commands = {"ckpt.pt": (train, "--resume"), "best.pt": (sample,)}
-    for name, (module, *flags) in commands.items():
-        for content in (whole[name][:3000], b"hello"):
-            (tmp_path / name).write_bytes(content)
-            assert "is no checkpoint" in refused(capsys, module, "--out", tmp_path, *flags)
-        hsm.save_checkpoint(tmp_path / name, model={}, config={})
-        assert "not a checkpoint of train.py" in refused(capsys, module, "--out", tmp_path, *flags)
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_resume_refuses_another_shape_or_other_data_and_touches_nothing(data, tmp_path, capsys):
@@ -1777,164 +1276,119 @@ def test_resume_refuses_another_shape_or_other_data_and_touches_nothing(data, tm
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------
-# As a user: real processes
-
-
-HERE = Path(__file__).parent
-
-
-def command(*arguments, cwd, environment=()):
+# ---- As a user: real processes -------------------------------------------------------------------
+def command(*arguments, cwd, environment=(), **more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"} | more
+    words = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(words, cwd=cwd, env=environment, **more)
+
+
+TINY = "--n-layer=2 --n_embd=16 --n-head=2 --block-size=16 --batch-size=4 --threads=1 --out=out"
+TINY = TINY.split(" ")
 
 
 def test_the_three_commands_as_a_user_types_them_and_ctrl_c_between(tmp_path):
     write(tmp_path / "novel.txt", story(3000))
-    small = "--n-layer 2 --n_embd 16 --n-head 2 --block-size 16 --eval-interval 1 --batch-size 4"
-    prepare = command(
-        HERE / "prepare_data.py", "file", "novel.txt", "--out", "data/n", cwd=tmp_path
-    )
+    words = (HERE / "prepare_data.py", "file", "novel.txt", "--out", "data/n")
+    prepare = command(*words, cwd=tmp_path)
     out, _ = prepare.communicate(timeout=60)
     assert prepare.returncode == 0 and "tokens to train on" in out
-    flags = f"--data data/n --out out --steps 100000 {small}".split()
-    training = command(HERE / "train.py", *flags, cwd=tmp_path)
-    for _ in range(4):  # it lives: the line on the model, then evaluations
-        assert training.stdout.readline()
+    words = ("--data", "data/n", "--steps", 100000, "--eval-interval", 1)
+    training = command(HERE / "train.py", *words, *TINY, cwd=tmp_path)
+    said = [training.stdout.readline() for _ in range(4)]  # the model, then evaluations
+    assert re.search(r"step \d+: loss .* bits a byte; [\d,]+ tokens/s, \d+ s left", said[-1])
     training.send_signal(signal.SIGINT)
-    out, _ = training.communicate(timeout=60)
-    assert training.returncode == 130
-    assert "python train.py --resume --out out" in out
+    out, errors = training.communicate(timeout=60)
+    assert training.returncode == 130 and "python train.py --resume --out out" in out
+    assert not errors  # no bar where there is no terminal
     writing = command(HERE / "sample.py", "--out", "out", "--tokens", "20", cwd=tmp_path)
     out, line = writing.communicate(timeout=60)
     assert writing.returncode == 0 and len(out) == 21 and "tokens/s" in line
 
 
-@pytest.mark.parametrize("name", ["prepare_data.py", "train.py", "sample.py"])
-def test_help_shows_fields_with_defaults_and_what_they_mean(name, capsys):
-    module = sys.modules[name.removesuffix(".py")]
+@pytest.mark.skipif(os.name == "nt", reason="descriptors are closed in another way there")
+@pytest.mark.parametrize("closed", ["reader", "stdout", "stderr"])
+def test_output_that_nobody_takes_costs_no_steps(closed, data, tmp_path):
+    words = ("--data", data, "--steps", 100000, "--eval-interval", 1, *TINY)
+    more = {"preexec_fn": partial(os.close, 1 if closed == "stdout" else 2)}
+    more = {} if closed == "reader" else more
+    running = command(HERE / "train.py", *words, cwd=tmp_path, **more)
+
+    def wait_for(condition):
+        while not condition():
+            assert running.poll() is None
+            time.sleep(0.05)
+
+    wait_for((tmp_path / "out" / "log.jsonl").exists)
+    if closed == "reader":
+        running.stdout.close()
+    step = log(tmp_path / "out")[-1]["step"]
+    wait_for(lambda: log(tmp_path / "out")[-1]["step"] > step + 5)  # it goes on
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    saved = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert saved["step"] >= log(tmp_path / "out")[-1]["step"]
+
+
+def test_a_notebooks_streams_will_do(data, tmp_path, monkeypatch):
+    streams = io.StringIO(), io.StringIO()  # they have no reconfigure, no descriptor
+    monkeypatch.setattr(sys, "stdout", streams[0]), monkeypatch.setattr(sys, "stderr", streams[1])
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    assert "default:" in printed and "--out" in printed
+        prepare_data.run(lambda: train.main(flags(small(data, tmp_path))))
+    assert end.value.code == 0 and "python sample.py" in streams[0].getvalue()
 
 
-def test_the_readmes_own_mixer_runs_and_its_commands_name_real_files(tmp_path):
+def test_the_readmes_own_mixer_runs_and_its_links_and_commands_name_real_files():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     running = command("-c", example, cwd=HERE)
     out, errors = running.communicate(timeout=60)
-    assert running.returncode == 0, errors
-    assert out.count("max") == GPTConfig().n_layer
-    for name in re.findall(r"python ([\w/]+\.py)", readme) + re.findall(r"\]\(([\w/.]+)\)", readme):
-        assert (HERE / name).exists(), name
+    assert running.returncode == 0 and out.count("max") == GPTConfig().n_layer, errors
+    for page in (HERE / "README.md", HERE / "results" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(r"\]\((?!http|#)([^)#]+)", text)
+        names += re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text)
+        for name in names:
+            assert (page.parent / name).exists() or (HERE / name).exists(), name
 
 
-# ------------------------------------------------------------------------------------------------
-# Hostile surroundings: results/robust.py, in short
+# ---- Slow: kills, damage, several processes ------------------------------------------------------
+@pytest.mark.slow
+def test_twelve_kills_at_random_moments_end_in_the_weights_of_an_undisturbed_run(data, tmp_path):
+    words = (HERE / "train.py", "--data", data, "--steps", 2000, "--eval-interval", 20, *TINY)
+    whole = command(*words, "--out=whole", cwd=tmp_path)
+    assert whole.wait(timeout=200) == 0
+    generator, more = np.random.default_rng(0), []
+    for _ in range(12):
+        running = command(*words, *more, cwd=tmp_path)
+        time.sleep(generator.uniform(2, 4))
+        running.kill()
+        running.communicate()
+        if (tmp_path / "out" / "ckpt.pt").exists():
+            train.load_checkpoint(tmp_path / "out" / "ckpt.pt")  # the last good one is whole
+            more = ["--resume"]
+    assert command(*words, *more, cwd=tmp_path).wait(timeout=200) == 0
+    cut, whole = (train.load_checkpoint(tmp_path / run / "ckpt.pt") for run in ("out", "whole"))
+    assert more and same_but_for_the_clock(cut, whole)
 
 
-def test_kills_at_random_moments_lose_nothing(tmp_path):
-    assert robust.kills(tmp_path, n=1, steps=200) > 0
-
-
-def test_damaged_files_end_in_a_clear_line_or_a_correct_run(tmp_path):
-    table = robust.mutations(tmp_path, n=12)
-    assert all(seen.total() == 12 for seen in table.values())
-    assert sum(seen["clean error"] for seen in table.values()) > 12
-
-
-def test_a_long_stream_ends_exact_and_takes_no_memory():
-    seen = robust.million(n=30_000)
-    assert not seen["growth_mib"] >= 5
-
-
-def test_a_checkpoint_that_claims_a_giant_is_refused_at_once(trained, tmp_path, capsys):
-    checkpoint = hsm.load_checkpoint(Path(trained) / "best.pt")
-    for claim in ({"n_layer": 10**9}, {"n_embd": 2**20}, {"d_ff": 2**24}, {"block_size": 2**60}):
-        hsm.save_checkpoint(
-            tmp_path / "best.pt", **checkpoint | {"config": checkpoint["config"] | claim}
-        )
-        assert "does not fit" in refused(capsys, sample, "--out", tmp_path)
-
-
-def test_a_checkpoint_runs_nobodys_code(tmp_path, capsys):
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "sprung",)
-
-    torch.save({"model": {}, "config": {}, "meta": Trap()}, tmp_path / "best.pt")
-    assert "no checkpoint of ours" in refused(capsys, sample, "--out", tmp_path)
-    assert not (tmp_path / "sprung").exists()
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
 
 
 def processes(n, *arguments, cwd):
     """The same command as n processes that find each other, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
-    return [
-        command(*arguments, cwd=cwd, environment=place | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"})
-        for r in range(n)
-    ]
+        place = {"MASTER_PORT": str(free.getsockname()[1]), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"WORLD_SIZE": str(n)}
+    ranks = [place | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"} for r in range(n)]
+    return [command(*arguments, cwd=cwd, environment=environment) for environment in ranks]
 
 
-SHARDED = """
-import os, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from hsm import GPT, GPTConfig
-
-def trained(shard):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=3, n_embd=16, mixers="ab,softmax"))
-    if shard:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(4):
-        idx = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(step))
-        if shard:
-            idx = idx[dist.get_rank() :: dist.get_world_size()]
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.state_dict()
-
-whole = trained(False)
-dist.init_process_group("gloo")
-for name, weight in trained(True).items():
-    assert weight.to_local().numel() < weight.numel()
-    assert torch.allclose(weight.full_tensor(), whole[name], atol=1e-5), name
-print("the same", flush=True)
-dist.barrier()
-os._exit(0)  # gloo's threads may abort a process that ends in the usual way
-"""
-
-
-@needs_gloo
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="this torch shards on GPUs only")
-def test_a_model_sharded_over_processes_trains_like_a_whole_one(tmp_path):
-    both = processes(2, "-c", SHARDED, cwd=HERE)
-    for process in both:
-        out, errors = process.communicate(timeout=120)
-        assert out == "the same\n", errors
-
-
+@pytest.mark.slow
 @needs_gloo
 def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
     one = train.train(small(data, tmp_path / "one", steps=50, grad_accum=2))
@@ -1944,13 +1398,12 @@ def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
         outputs = [process.communicate(timeout=120) for process in both]
         assert [process.returncode for process in both] == [0, 0], outputs
         assert not outputs[1][0]  # only rank 0 speaks
-    two = hsm.load_checkpoint(tmp_path / "two" / "ckpt.pt")["history"]
-    assert [row["step"] for row in two] == [*range(0, 56, 5)]
-    for a, b in zip(one.history, two, strict=False):
+    assert [row["step"] for row in log(tmp_path / "two")] == [*range(0, 56, 5)]
+    for a, b in zip(one.history, log(tmp_path / "two"), strict=False):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
-        assert (a["train_loss"] or 0) == pytest.approx(b["train_loss"] or 0, abs=1e-4)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_when_one_process_dies_the_other_ends_with_a_line(data, tmp_path):
     words = flags(small(data, tmp_path / "out", steps=10**6))
@@ -1959,16 +1412,47 @@ def test_when_one_process_dies_the_other_ends_with_a_line(data, tmp_path):
         assert left.poll() is None and right.poll() is None
         time.sleep(0.05)
     right.kill()
-    _, errors = left.communicate(timeout=30)
+    _, errors = left.communicate(timeout=60)
     right.communicate()
     assert left.returncode == 2
     assert "another process of this training has ended" in errors.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------------
-# Properties of any configuration
+# ---- On a GPU ------------------------------------------------------------------------------------
+@gpu
+@pytest.mark.parametrize("mixers", ["ab", "softmax", "gate2,ab,softmax"])
+def test_on_cuda_a_real_graph_draws_the_plain_paths_tokens_and_a_seed_repeats_them(mixers):
+    skip_without("cuda")
+    for n_prompt in (1, 13, 20):
+        model, idx = tiny(mixers, torch.float64).cuda(), tokens(2, n_prompt).cuda()
+        replayed = torch.stack(list(model.generate(idx, 60, 0.0)))
+        assert torch.equal(replayed, naive(model, idx, 60))
+        seeds = [torch.Generator("cuda").manual_seed(1) for _ in range(2)]
+        once, twice = (torch.stack(list(model.generate(idx, 60, generator=g))) for g in seeds)
+        assert torch.equal(once, twice)
 
 
+@gpu
+def test_on_cuda_a_run_saves_is_read_on_a_cpu_and_resumes(data, tmp_path):
+    skip_without("cuda")
+    assert train.main(flags(small(data, tmp_path, mixers="ab,softmax", dropout=0.1))) == 0
+    model, _ = sample.load(tmp_path, "last", "cpu")
+    assert not model.wte.weight.is_cuda
+    assert train.main(["--resume", "--out", str(tmp_path), "--steps", "20"]) == 0
+
+
+@gpu
+def test_on_cuda_half_precision_learns_as_float32_does(data, tmp_path):
+    skip_without("cuda")
+    losses = {}
+    for dtype in ("float32", "bfloat16", "float16"):  # float16 with its scaler: as on a T4
+        config = small(data, tmp_path / dtype, steps=50, dtype=dtype, compile=False)
+        losses[dtype] = train.train(config).history[-1]["val_loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+# ---- Properties of any configuration -------------------------------------------------------------
 numbers = st.integers(-1, 5)
 configurations = st.fixed_dictionaries(
     {
@@ -1993,7 +1477,7 @@ configurations = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(configurations, st.integers(1, 9), st.integers(0, 10**6))
 def test_any_configuration_is_causal_and_streams_exactly_or_says_what_is_wrong(fields, T, seed):
     try:
@@ -2016,11 +1500,3 @@ def test_any_configuration_is_causal_and_streams_exactly_or_says_what_is_wrong(f
             moved = far.clone()
             moved[0, 0] = (far[0, 0] + 1) % 11
             assert torch.equal(model(moved)[0][0, -1], model(far)[0][0, -1])
-
-
-def test_the_readmes_table_of_speed_is_the_benchs():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Speed")[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    made = (HERE / "results" / "bench.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) > 8 and set(rows) <= set(made)

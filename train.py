@@ -361,6 +361,8 @@ def train(config, saved=None):
                 if old != value and name != "dropout":
                     words = f"{name}={old}, not {value}: a resumed model keeps its shape"
                     raise BadInput(f"the run in {out} has {words}; choose another --out")
+            if saved["step"] > config.steps:
+                raise BadInput(f"{out} is at step {saved['step']} already; give more --steps")
             if saved["meta"] != meta:
                 raise BadInput(f"the run in {out} had other data than {folder} has now")
             model.load_state_dict(saved["model"])
