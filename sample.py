@@ -18,7 +18,7 @@ import torch
 
 from hsm import GPT, BadInput
 from prepare_data import Tokenizer, parse, run
-from train import load_checkpoint, model_from, pick_device
+from train import load_checkpoint, model_from, pick_device, pick_threads
 
 
 @dataclass
@@ -64,6 +64,7 @@ def main(arguments=None):
         words[i : i + 2] = [f"--prompt={words[i + 1]}"]
     config = parse(SampleConfig, words, "Let a trained model write.")
     device = pick_device(config.device)
+    torch.set_num_threads(pick_threads())
     model, tokenizer = load(config.out, config.which, device)
     prompt = read_prompt(config)
     numbers = tokenizer.encode(prompt).tolist() or [tokenizer.start]
