@@ -7,7 +7,6 @@
 
 The batch of step n and its dropout depend on the seed and n alone, so a resumed run is the one that
 was never stopped. An evaluation takes the same windows of DIR/val.bin each time, and saves.
-From a notebook:  result = train(TrainConfig(model=GPTConfig(mixers="ab", vocab_size=0), steps=500))
 """
 
 import io
@@ -28,7 +27,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import tyro
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -111,7 +109,7 @@ for name, (model, more) in PRESETS.items():
 def pick_device(name="auto"):
     """A torch.device. Raises BadInput if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    here = [device for device in there if there[device]] + ["cpu"]
     if name not in ("auto", *here):
         raise BadInput(f"there is no {name} device here; choose from: auto, {', '.join(here)}")
     return torch.device(here[0] if name == "auto" else name)
@@ -188,8 +186,7 @@ class Windows:
         self.device, self.vocab_size = device, meta["vocab_size"]
         self.n_starts = len(self.tokens) - block_size
         if self.n_starts < 1:
-            words = f"too few for block_size={block_size}; choose a smaller one or a longer text"
-            raise BadInput(f"{folder}/{split}.bin has {len(self.tokens):,} tokens, {words}")
+            raise BadInput(f"{folder}/{split}.bin has too few tokens for block_size={block_size}")
 
     def at(self, starts):
         """starts: (B,) integers. Returns idx and targets, (B, T) int64 on the device."""
@@ -217,8 +214,7 @@ def get_data(folder, is_prepared=False):
 
     Without a network, Shakespeare gives way to Python's own library, and the folder is another one.
     """
-    folder = Path(folder)
-    corpus, _, tokenizer = folder.name.rpartition("_")
+    folder, (corpus, _, tokenizer) = Path(folder), Path(folder).name.rpartition("_")
     if (folder / "meta.json").is_file() or corpus not in prepare_data.CORPORA:
         return folder, read_meta(folder)
     if is_prepared or folder.parent.name != "data":
@@ -284,27 +280,15 @@ def say(text):
 
 
 BEFORE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
-# What train() gives back. history: the rows of log.jsonl; best_loss, best_bpb: nats a token, bits a
-# byte; stopped_by: 0, or the number of the signal that stopped it.
+# history: the rows of log.jsonl; stopped_by: 0, or the number of the signal that stopped it.
 Result = namedtuple("Result", "model tokenizer history best_loss best_bpb seconds out stopped_by")
-
-
-@torch.no_grad()
-def mean_loss(model, compiled, windows, config):
-    """Mean loss over the same validation windows each time, in nats a token."""
-    starts, total, n = windows.evenly(config.eval_tokens), 0.0, config.batch_size
-    model.eval()
-    for some in np.split(starts, range(n, len(starts), n)):
-        total += compiled(*windows.at(some))[1] * len(some)
-    model.train()
-    return total.item() / len(starts)
 
 
 def train(config, saved=None):
     """Train as config (a TrainConfig) says, write into config.out, and return a Result.
 
-    saved: the checkpoint to go on from, if it is loaded already. Raises BadInput for what a person
-    can put right. Of several processes (torchrun) rank 0 writes and speaks.
+    saved: the checkpoint to go on from, if it is loaded already. BadInput: what a person can put
+    right. Of several processes (torchrun) rank 0 writes and speaks.
     """
     rank, n_ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out, device = Path(config.out), pick_device(config.device)
@@ -323,22 +307,22 @@ def train(config, saved=None):
             dist.init_process_group("nccl" if on_cuda else "gloo")
             stack.callback(dist.destroy_process_group)
         folder, meta = get_data(config.data, is_prepared=config.resume)
-        n_tokens = meta["vocab_size"]
-        shape = replace(config.model, vocab_size=config.model.vocab_size or n_tokens)
-        if shape.vocab_size < n_tokens:
-            raise BadInput(f"vocab_size={shape.vocab_size} is less than the data's {n_tokens}")
+        shape = replace(config.model, vocab_size=config.model.vocab_size or meta["vocab_size"])
+        if shape.vocab_size < meta["vocab_size"]:
+            raise BadInput(f"vocab_size={shape.vocab_size} is less than the data have")
         config, tokenizer = replace(config, data=str(folder), model=shape), Tokenizer(meta)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         config.threads = config.threads or pick_threads()
         torch.set_num_threads(config.threads)
         data, val = (Windows(folder, s, meta, shape.block_size, device) for s in ("train", "val"))
-
+        starts, n = val.evenly(config.eval_tokens), config.batch_size
+        val_windows = np.split(starts, range(n, len(starts), n))
         torch.manual_seed(config.seed)
         model = GPT(shape).to(device)
         with nullcontext() if config.fast else suppress(BadInput):
             if config.fast or (config.fast is None and on_cuda):
                 use_fast(model)
-        replica = nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
+        replica = torch.nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
         compiles = on_cuda if config.compile is None else config.compile
         # It shares the model's weights, whose names in a checkpoint are the plain ones.
         compiled = torch.compile(replica) if compiles else replica
@@ -349,8 +333,7 @@ def train(config, saved=None):
         # gradient is not finite. Only in float16, whose numbers end at 65504 and at 6e-8, does it
         # also scale the loss, up to just below the overflow.
         is_half, guards = dtype == torch.float16, device.type != "mps"
-        scale = 2.0**16 if is_half else 1.0
-        scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=guards)
+        scaler = torch.amp.GradScaler(device.type, 2.0**16 if is_half else 1.0, enabled=guards)
         # Sum and number of the losses since the last evaluation, and steps left out in a row: on
         # the device, because each look at them waits for it.
         running = torch.zeros(3, device=device)
@@ -359,8 +342,9 @@ def train(config, saved=None):
             for name, value in asdict(shape).items():
                 old = saved["config"].get(name, value)
                 if old != value and name != "dropout":
-                    words = f"{name}={old}, not {value}: a resumed model keeps its shape"
-                    raise BadInput(f"the run in {out} has {words}; choose another --out")
+                    raise BadInput(
+                        f"the run in {out} has {name}={old}, not {value}; so no --resume"
+                    )
             if saved["step"] > config.steps:
                 raise BadInput(f"{out} is at step {saved['step']} already; give more --steps")
             if saved["meta"] != meta:
@@ -374,7 +358,6 @@ def train(config, saved=None):
         first_step, began = step, time.perf_counter()
 
         def save(name):
-            """Write OUT/name: what sampling needs, and all that training goes on from."""
             settings = {f.name: getattr(config, f.name) for f in fields(config)}
             items = {"config": asdict(settings.pop("model")), "train": settings, "meta": meta}
             items |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -388,8 +371,8 @@ def train(config, saved=None):
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(out / ".lock", timeout=0))
             except OSError as error:
-                words = "or another training writes there; choose another --out"
-                raise BadInput(f"cannot write to {out} ({error}), {words}") from error
+                words = f"cannot write to {out}, or another training writes there now"
+                raise BadInput(f"{words} ({error}); choose another --out") from error
             for name in () if config.resume else ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
                 if (out / name).exists():
                     (out / "previous").mkdir(exist_ok=True)
@@ -399,18 +382,25 @@ def train(config, saved=None):
         caught = stack.enter_context(catch_signals())
         # In a terminal a bar; in a file there is a line an evaluation.
         bar = tqdm(total=config.steps, initial=step, mininterval=0.3, disable=bool(rank) or None)
-        stack.callback(bar.close)
         while True:
             ends, last = step >= config.steps, history[-1]["step"] if history else -1
             if last < step and (ends or step % config.eval_interval == 0):
                 loss_sum, n, _ = running.tolist()
-                val_loss = mean_loss(model, compiled, val, config)
+                model.eval()
+                with torch.no_grad():  # the same windows each time
+                    losses = [compiled(*val.at(some))[1] * len(some) for some in val_windows]
+                model.train()
+                val_loss = sum(losses).item() / sum(map(len, val_windows))
                 if not math.isfinite(val_loss):
                     raise BadInput(f"validation loss {val_loss} at step {step}{BEFORE}")
                 seconds = time.perf_counter() - began
                 tokens = (step - first_step) * config.grad_accum * config.batch_size
-                row = {"step": step, "train_loss": loss_sum / n if n else None}
-                row |= {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, meta)}
+                row = {
+                    "step": step,
+                    "train_loss": loss_sum / n if n else None,
+                    "val_loss": val_loss,
+                }
+                row |= {"val_bpb": bits_per_byte(val_loss, meta)}
                 row |= {"lr": learning_rate(config, max(0, step - 1))}
                 row |= {"tokens_per_s": round(tokens * shape.block_size / seconds)}
                 row |= {"elapsed_s": round(seconds_before + seconds, 2)}
@@ -436,7 +426,6 @@ def train(config, saved=None):
                 save("ckpt.pt")  # before any word, which may have nowhere to go
             if number or ends:
                 break
-
             # A step: gradients of grad_accum batches, clipped, then AdamW. It never waits.
             if shape.dropout:  # its numbers, too, depend on the seed and the step alone
                 entropy = np.random.SeedSequence((config.seed, step, rank))
@@ -454,7 +443,7 @@ def train(config, saved=None):
                     scaler.scale(loss).backward()
                 total += loss.detach()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             if guards or norm.isfinite():
                 scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update(None if is_half else 1.0)
@@ -488,8 +477,8 @@ def report(result, config):
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would take a notebook's away
     axes = figure.subplots()
     for key, style in (("train_loss", "--"), ("val_loss", "-")):
-        points = [(row["step"], row[key]) for row in result.history if row[key] is not None]
-        axes.plot(*zip(*points, strict=True), style, label=key)
+        losses = [math.nan if row[key] is None else row[key] for row in result.history]
+        axes.plot([row["step"] for row in result.history], losses, style, label=key)
     axes.set(title=config.model.mixers, xlabel="steps", ylabel="nats a token")
     axes.legend()
     with atomic_write(result.out / "loss.png") as temporary:
@@ -506,8 +495,8 @@ def report(result, config):
 
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
-    places = [i for i, word in enumerate(words) if word in PRESETS]  # but not behind a flag
-    places = [i for i in places if i == 0 or "=" in words[i - 1]]
+    # The preset's name may stand first, or behind a flag that has its value already.
+    places = [i for i, w in enumerate(words) if w in PRESETS and (not i or "=" in words[i - 1])]
     preset = words.pop(places[0]) if places else "quick"
     if words and not words[0].startswith("-"):
         raise BadInput(f"unknown preset {words[0]!r}; choose from {', '.join(PRESETS)}")
