@@ -60,8 +60,9 @@ part() {
 bench=(python results/bench.py --out "$out")
 if [ -n "$rehearse" ]; then
   export TRITON_INTERPRET=1
-  total=300 seeds=1 batches=2 lengths=32 long="32 64" compile=--no-compile data=$out/data
-  bench+=(--n-layer 1 --n-head 2 --n-embd 16 --tokens 32 --rounds 2 --device cpu)
+  total=300 seeds=1 batches=2 tokens=32 lengths=32 long="32 64" compile=--no-compile
+  data=$out/data
+  bench+=(--n-layer 1 --n-head 2 --n-embd 16 --rounds 2 --device cpu)
   training=(--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --steps 4)
   training+=(--eval-interval 2 --eval-tokens 64 --device cpu)
   part data 60 python prepare_data.py file hsm.py --out "$data"
@@ -69,7 +70,7 @@ else
   total=$((minutes * 60)) seeds="1 2 3 4 5" batches="1 64" lengths="4096 16384 1024"
   long="1024 8192 65536" compile=--compile data=data/stdlib_byte training=()
   [ -f data/shakespeare_char/input.txt ] && data=data/shakespeare_char
-  bench+=(--n-layer 12 --n-head 12 --n-embd 768 --tokens 65536)
+  bench+=(--n-layer 12 --n-head 12 --n-embd 768)
 fi
 
 # ---- 1. What is there ----------------------------------------------------------------------------
@@ -100,9 +101,17 @@ for repeats in (1, 20):
 facts["copied, GB/s read and written"] = round(2 * len(x) / seconds / 1e9, 1)
 print(json.dumps(facts))
 EOF
-part there "$(until_percent 8)" python -c "$there"
+part there 60 python -c "$there"
 cuda=$(grep -c '"device": "cuda"' "$out/there.log")
-((cuda)) || echo "no CUDA here: what needs it is skipped, and says so"
+if ! ((cuda)) && [ -z "$rehearse" ]; then
+  echo "no CUDA device here; all of it at tiny size on a CPU: bash results/gpu.sh --rehearse" >&2
+  exit 2
+fi
+GiB=$(grep -o '"GiB": [0-9]*' "$out/there.log" | grep -o '[0-9]*$')
+if [ -z "$rehearse" ]; then # as many tokens a step as there is memory for
+  tokens=$((GiB >= 60 ? 65536 : GiB >= 30 ? 32768 : 16384))
+fi
+bench+=(--tokens "$tokens")
 
 # ---- 2. Is it right: what test_hsm.py says on a GPU ----------------------------------------------
 
