@@ -349,7 +349,7 @@ MARKS = {  # tables of the READMEs, each between marks of its name: its columns,
     ),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", RANDOM)),
     "pairs": (BEFORE, [f"{name}-in" for name in PAIRS]),
-    "hybrids": (BEFORE, ("softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
+    "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
 }
 
 
@@ -426,6 +426,20 @@ def marked_table(logs, texts, names):
         cells = (over(losses, name, plain(losses)) for losses in map(ends, settings))
         rows.append((words, f"`{name}`", *cells))
     return table(("model", "row", *texts), *rows)
+
+
+def quick_table(folder, models):
+    """The quick preset's models after its steps, and the same after longer runs. Seed 1."""
+    rows = [("layers", "loss after 1,700 steps", "seconds", "loss after 4,000 steps")]
+    for name, row in (("hybrid", "3rd-plain"), ("ab", "ab"), ("softmax", "softmax-rope")):
+        path = folder / f"quick_{name}.jsonl"
+        if path.is_file() and row in models:
+            end = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+            (head, long), *_ = models[row]
+            layers = f"`{head['model']['mixers']}`"
+            loss = f"{long[-1]['val_loss']:.3f}"
+            rows.append((layers, f"{end['val_loss']:.3f}", f"{end['elapsed_s']:.0f}", loss))
+    return table(*rows)
 
 
 def differs(fields):
@@ -580,6 +594,7 @@ def write_tables(folder):
             for name, columns_and_rows in MARKS.items():
                 between_marks(page, name, marked_table(logs, *columns_and_rows))
             between_marks(page, "recall", recall_table(read_rows(folder / "logs" / "recall")))
+            between_marks(page, "quick", quick_table(folder / "logs", logs.get("shakespeare", {})))
 
 
 def main(arguments=None):
