@@ -112,19 +112,6 @@ def test_rings_equal_the_delay_for_any_chunks(shifts, seed):
     assert rings.rings.numel() == 2 * sum(shifts) * 12 // len(shifts)
 
 
-def test_a_ring_of_keys_gives_each_token_its_window_however_long_the_stream():
-    position, k = torch.tensor(0), torch.arange(100.0)[None, None, :, None]
-    ring, seen = KVRing(8, position), []
-    for chunk in k.split(random_chunks(100, 0), dim=2):
-        keys, _, mask = ring(chunk, chunk)
-        T, S = chunk.size(2), keys.size(2)
-        mask = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
-        seen += [sorted(keys[0, 0, row, 0].tolist()) for row in mask]
-        position += T
-        assert ring.kv.size(3) == 8
-    assert seen == [list(range(max(0, t - 7), t + 1)) for t in range(100)]
-
-
 # ---- Causality -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("mixers", MODELS)
 def test_logits_do_not_depend_on_later_tokens_bit_for_bit(mixers):
@@ -182,21 +169,6 @@ def test_a_stream_told_its_length_takes_memory_for_no_more_and_is_exact_up_to_th
     streamed = torch.cat([model(t, cache=cache)[0] for t in idx.split(1, dim=1)], dim=1)
     assert torch.allclose(streamed, model(idx)[0], atol=1e-10)
     assert cache.layers[1].kv.size(3) == 12
-
-
-@pytest.mark.parametrize("mixers", ["ab", "softmax", "ab,softmax"])
-def test_a_stream_is_right_beyond_2_to_the_31_tokens(mixers):
-    model, idx = tiny(mixers, torch.float64, shifts="3,1,7"), tokens(2, 60)
-    for first, tolerance in ((2**31 - 30, 1e-5), (2**40, 1e-2)):  # what an angle there is good to
-        cache = model.init_cache(2)
-        cache.position.fill_(first)
-        with torch.no_grad():
-            expected = model(idx)[0][:, 16:]  # a stream that begins later differs in no logit
-            model(idx[:, :16], cache=cache)  # and fills the window
-            parts = [model(token, cache=cache)[0] for token in idx[:, 16:].split(1, dim=1)]
-        assert cache.position == first + 60
-        difference = (torch.cat(parts, dim=1) - expected).abs().max()
-        assert difference <= tolerance * expected.abs().max()
 
 
 @torch.no_grad()
@@ -297,12 +269,7 @@ class FakeGraph(TorchDispatchMode):
 def fake_cuda(monkeypatch):
     """Tensors claim to be on CUDA, and the calls there meet the stand-in. Its graphs."""
     graphs = []
-
-    def new_graph():
-        graphs.append(FakeGraph())
-        return graphs[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(FakeGraph()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     return graphs
@@ -430,11 +397,6 @@ def test_each_distance_has_exactly_one_path(n_layer):
     config = GPTConfig(block_size=2**n_layer, n_layer=n_layer, shifts="layer")
     assert [s for _, (s,) in config.layers] == [2**j for j in range(n_layer)]
     assert receptive_field(config).tolist() == [1] * 2**n_layer
-
-
-def test_receptive_field_of_softmax_is_every_distance_in_its_window():
-    field = receptive_field(GPTConfig(block_size=8, n_layer=2, mixers="ab,softmax", shifts="layer"))
-    assert field.tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 1]
 
 
 # ---- Configuration, mixers by name ---------------------------------------------------------------
@@ -588,15 +550,12 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
     assert drawn(top_k=2) == drawn(top_p=0.65) == {0, 1}
     assert drawn(top_p=0.75) == {0, 1, 2}
     assert drawn(top_p=0.01) == drawn(temperature=0) == {0}
-
-
-def test_top_p_of_1_means_all_also_where_the_sum_is_rounded():
-    logits = torch.full((1, 2**16), 0.1)  # float32's sum of their shares reaches 1 before the end
-
-    def draw(top_p):
-        return hsm.sample_token(logits, top_p=top_p, generator=torch.Generator().manual_seed(3))
-
-    assert torch.equal(draw(None), draw(1.0))
+    flat = torch.full((1, 2**16), 0.1)  # float32's sum of these reaches 1 before the end
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    one, all_of_them = (
+        hsm.sample_token(flat, 1, None, p, g) for p, g in zip((1.0, None), seeds, strict=True)
+    )
+    assert torch.equal(one, all_of_them)
 
 
 def test_generate_turns_dropout_off_and_the_models_mode_back_also_when_its_user_stops_early():
@@ -700,13 +659,6 @@ def test_reading_takes_a_time_that_grows_with_the_size_alone(piece, kind, tmp_pa
     began = time.process_time()
     prepare_data.prepare("file", write(tmp_path / "a.txt", piece * 300_000), kind, tmp_path / "out")
     assert time.process_time() - began < 10  # one pass takes one or two seconds
-
-
-def test_more_than_65536_characters_take_four_bytes_each(tmp_path):
-    text = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0xFEFF), *range(0xFF00, 0x14000)]))
-    prepare_data.prepare("file", write(tmp_path / "all.txt", text), folder=tmp_path / "out")
-    read, meta = prepared_text(tmp_path / "out")
-    assert meta["dtype"] == "uint32" and read == text
 
 
 def test_a_folder_means_its_visible_txt_files_in_the_order_of_names(tmp_path, capsys):
@@ -891,13 +843,9 @@ def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp
     assert {"best.pt", "ckpt.pt", "log.jsonl", "loss.png"} == {p.name for p in previous.iterdir()}
 
 
-def windows(data, split="train"):
-    meta = prepare_data.read_meta(data)
-    return train.Windows(data, split, meta, 16, torch.device("cpu")), meta
-
-
 def test_batches_are_the_corpus_one_token_on_and_depend_on_the_seed_and_the_step_alone(data):
-    drawn, meta = windows(data)
+    meta = prepare_data.read_meta(data)
+    drawn = train.Windows(data, "train", meta, 16, torch.device("cpu"))
     numbers = torch.from_numpy(prepare_data.open_tokens(data, "train", meta).astype(np.int64))
     idx, targets = drawn.at(np.array([5, len(numbers) - 17]))
     assert torch.equal(idx, torch.stack([numbers[5:21], numbers[-17:-1]]))
@@ -905,33 +853,6 @@ def test_batches_are_the_corpus_one_token_on_and_depend_on_the_seed_and_the_step
     batch = {(seed, n): drawn.batch(4, seed, n)[0] for seed in (1, 2) for n in (0, 1, 2**33)}
     assert torch.equal(batch[1, 1], drawn.batch(4, 1, 1)[0])
     assert len({tuple(idx.flatten().tolist()) for idx in batch.values()}) == len(batch)
-
-
-def test_evaluation_takes_all_windows_or_evenly_spread_ones(data):
-    drawn, meta = windows(data, "val")
-    every, some = drawn.evenly(10**9), drawn.evenly(160)
-    assert every.tolist() == list(range(0, meta["val_tokens"] - 16, 16))
-    assert len(some) == 10 and set(some.tolist()) <= set(every.tolist())
-    assert len(set(np.diff(some))) <= 2
-
-
-def test_matrices_decay_and_vectors_do_not():
-    for mixers in MODELS:
-        model, config = tiny(mixers, bias=True), train.TrainConfig()
-        matrices, vectors = train.make_optimizer(model, config, torch.device("cpu")).param_groups
-        assert matrices["weight_decay"] > 0 == vectors["weight_decay"]
-        names = {id(p): name for name, p in model.named_parameters()}
-        assert len(matrices["params"]) + len(vectors["params"]) == len(names)
-        assert all(names[id(p)].endswith("weight") for p in matrices["params"])
-        assert all(p.dim() < 2 for p in vectors["params"])
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
-    config = train.TrainConfig(steps=110, warmup=10, lr=1.0, lr_end=0.1)
-    rates = [train.learning_rate(config, step) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
-    assert [rates[n] for n in (10, 60, 110)] == pytest.approx([1.0, 0.55, 0.1])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_a_compiled_run_saves_the_plain_names(data, tmp_path, monkeypatch):
@@ -1167,18 +1088,15 @@ REFUSED = [
     (train, "quik", "quik.*quick, deep, pure, shakespeare, tinystories, openwebtext"),
     (train, "--mixers abc", "unknown mixer .*abc.*ab, vec, matrix.*softmax"),
     (train, "--n-layr 5", "--n-layr.*Perhaps.*--n-layer"),
-    (train, "--n_layr 5", "--n.layr.*Perhaps.*--n-layer"),
     (train, "--shifts 1,x", "1,x"),
     (train, "--n-embd 30", "multiple of n_head"),
     (train, "--n-embd 200000 --n-head 2", "too little memory.*--n-embd"),
-    (train, "--n-layer 0", "n_layer must be at least 1"),
     (train, "--n-layer two", "n-layer.*two"),
     (train, "--steps 0", "steps must be 1"),
     (train, "--steps 99999999999999999999", "steps must be 1"),
     (train, "--batch-size 10000000", "batch_size must be 1"),
     (train, "--eval-tokens 5", "eval_tokens"),
     (train, "--lr nan", "lr must be"),
-    (train, "--seed -1", "seed must be 0"),
     (train, "--beta2 1", "beta2"),
     (train, "--device tpu", "tpu.*auto.*cpu"),
     (train, "--dtype float16 --device cpu", "float16 does not train on a CPU"),
@@ -1186,7 +1104,6 @@ REFUSED = [
     (train, "--vocab-size 3", "vocab_size=3"),
     (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),
     (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
-    (prepare_data, "", "corpus"),
     (prepare_data, "shakespear", "shakespear.*shakespeare.*file"),
     (prepare_data, "file", "give a file"),
     (prepare_data, "file nowhere.txt", "no text at 'nowhere.txt'"),
@@ -1198,8 +1115,6 @@ REFUSED = [
     (prepare_data, "stdlib --tokenizer gpt2", "TIKTOKEN_CACHE_DIR.*--tokenizer char"),
     (prepare_data, "shakespeare", "cannot download.*input.txt"),
     (sample, "--tokens -1", "-1"),
-    (sample, "--temperature -0.5", "temperature"),
-    (sample, "--top-k 0", "top_k"),
     (sample, "--top-p 1.5", "top_p"),
     (sample, "--prompt Ж", "'Ж' is not among"),
     (sample, "--prompt a --prompt-file b", "not both"),
@@ -1219,14 +1134,6 @@ def test_bad_input_is_refused_in_clear_words(
     line = refused(capsys, module, *arguments.split(), *more)
     assert re.search(words, line), line
     assert not [path for path in tmp_path.rglob("*.*") if path.name not in (".lock", "input.txt")]
-
-
-def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, capsys):
-    write(tmp_path / "file", "in the way")
-    out = tmp_path / "file" / "x"
-    assert "cannot write" in refused(capsys, train, "--data", data, "--out", out)
-    refused(capsys, prepare_data, "file", write(tmp_path / "a.txt", story(100)), "--out", out)
-    assert (tmp_path / "file").read_text("utf-8") == "in the way"
 
 
 @pytest.mark.parametrize(
@@ -1308,11 +1215,10 @@ def test_the_three_commands_as_a_user_types_them_and_ctrl_c_between(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are closed in another way there")
-@pytest.mark.parametrize("closed", ["reader", "stdout", "stderr"])
+@pytest.mark.parametrize("closed", ["reader", "stdout and stderr"])
 def test_output_that_nobody_takes_costs_no_steps(closed, data, tmp_path):
     words = ("--data", data, "--steps", 100000, "--eval-interval", 1, *TINY)
-    more = {"preexec_fn": partial(os.close, 1 if closed == "stdout" else 2)}
-    more = {} if closed == "reader" else more
+    more = {} if closed == "reader" else {"preexec_fn": lambda: os.closerange(1, 3)}
     running = command(HERE / "train.py", *words, cwd=tmp_path, **more)
 
     def wait_for(condition):
@@ -1359,23 +1265,23 @@ def test_twelve_kills_at_random_moments_end_in_the_weights_of_an_undisturbed_run
     words = (HERE / "train.py", "--data", data, "--steps", 2000, "--eval-interval", 20, *TINY)
     whole = command(*words, "--out=whole", cwd=tmp_path)
     assert whole.wait(timeout=200) == 0
-    generator, more = np.random.default_rng(0), []
+    generator, more, out = np.random.default_rng(0), [], tmp_path / "out"
     for _ in range(12):
+        n_before = len(log(out)) if more else 0
         running = command(*words, *more, cwd=tmp_path)
-        time.sleep(generator.uniform(2, 4))
+        while not (out / "log.jsonl").exists() or len(log(out)) == n_before:
+            assert running.poll() is None
+        time.sleep(generator.uniform(0, 0.5))
         running.kill()
         running.communicate()
-        if (tmp_path / "out" / "ckpt.pt").exists():
-            train.load_checkpoint(tmp_path / "out" / "ckpt.pt")  # the last good one is whole
-            more = ["--resume"]
+        more = ["--resume"] if (out / "ckpt.pt").exists() else []
     assert command(*words, *more, cwd=tmp_path).wait(timeout=200) == 0
     cut, whole = (train.load_checkpoint(tmp_path / run / "ckpt.pt") for run in ("out", "whole"))
-    assert more and same_but_for_the_clock(cut, whole)
+    assert same_but_for_the_clock(cut, whole)
 
 
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
+has_gloo = torch.distributed.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
 
 
 def processes(n, *arguments, cwd):
