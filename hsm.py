@@ -69,8 +69,7 @@ class DelayRings:
 
     Called on chunks of any length, (B, T, C) -> (B, T, C), it returns what `delay_heads` would on
     all chunks joined. Input p lies in slot p mod s; input p + s finds and overwrites it: work and
-    memory for a token never grow. position: () int64, the next token's number, which all layers
-    share; a tensor, so that a CUDA graph can replay a token.
+    memory for a token never grow. position: () int64, the next token's number, of all layers.
     """
 
     def __init__(self, shifts, position):
@@ -242,8 +241,8 @@ class GPTConfig:
             raise BadInput(f"unknown pos_emb {self.pos_emb!r}; choose learned, rope or none")
         if not 0 <= self.dropout < 1 or not 1 <= self.rope_base < math.inf:
             raise BadInput("dropout must be in [0, 1), and rope_base at least 1")
-        rotates = self.pos_emb == "rope" and any("softmax" in name for name, _ in self.layers)
-        if rotates and self.n_embd // self.n_head % 2:
+        softmax = any("softmax" in name for name, _ in self.layers)  # it checks both strings
+        if softmax and self.pos_emb == "rope" and self.n_embd // self.n_head % 2:
             raise BadInput("rotary positions need an even head width n_embd / n_head")
 
     @property
@@ -307,12 +306,12 @@ class ShiftMixer(nn.Module):
             with torch.no_grad():
                 for weight in self.pair.parameters():
                     weight.mul_(residual_scale(config))
-        self.fast = False  # delay and pair in one kernel: the last section
+        self.fast = None  # the shifts as a tensor, where one kernel mixes: the last section
 
     def forward(self, x, cache=None):
         x = self.in_proj(x)
-        if self.fast and cache is None:
-            return self.proj(fast_mix(self.pair, x, self.shifts))
+        if self.fast is not None and cache is None:
+            return self.proj(fast_mix(self.pair, x, self.fast))
         z = delay_heads(x, self.shifts) if cache is None else cache(x)
         return self.proj(self.pair(x, z))
 
@@ -622,10 +621,9 @@ def layer_table(model):
 
 
 # ---- Optional: the fast path, on a GPU. Its reference is the plain path above --------------------
-# Mixing takes as long as its data travel: the least is to read x and write y, and plain PyTorch
-# writes and reads z too. Where y = p x + q z (`taps`: ab, vec, gate1) a kernel does delay and pair
-# at once, and the gradient to x is the same kernel with the shift turned round. NOT YET RUN ON A
-# GPU. It stays if it makes a training step under torch.compile 3% faster than the plain path.
+# Mixing takes as long as its data travel: at least x in and y out; plain PyTorch moves z, too. If
+# y = p x + q z (`taps`: ab, vec, gate1) one kernel does it all, and the gradient to x, its shift
+# turned round. NOT YET RUN ON A GPU. It stays if it makes a compiled training step 3% faster.
 
 try:  # PyTorch for CUDA brings Triton along
     import triton
@@ -636,28 +634,30 @@ except ImportError:
 if triton is not None:
 
     @triton.jit
-    def mix_kernel(x, p, q, shifts, y, n, T, C, D, row_stride, AHEAD: tl.constexpr):
+    def mix_kernel(x, p, q, shifts, y, n, T, H, D, step, AHEAD: tl.constexpr, COLS: tl.constexpr):
         """y[t] = p[t] x[t] + q[t] x[t-s];  AHEAD, its adjoint: p[t] x[t] + q[t+s] x[t+s]."""
-        i = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)  # of all B T C numbers
-        row, c = i // C, i % C
-        t = row % T
-        s = tl.load(shifts + c // D, i < n, 0)
+        ROWS: tl.constexpr = (1023 + COLS) // COLS  # tokens, of n = B T, in one head: one shift
+        block, head = tl.program_id(0) // H, tl.program_id(0) % H
+        row, d = block * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None]
+        t, c, s = row % T, head * D + d, tl.load(shifts + head)
         s = -s if AHEAD else s
-        there = (i < n) & (t >= s) & (t - s < T)
-        q_row = row - s if AHEAD else row
-        p_t = tl.load(p + row * row_stride + c, i < n, 0).to(tl.float32)
-        q_t = tl.load(q + q_row * row_stride + c, there, 0).to(tl.float32)
-        x_t = tl.load(x + i, i < n, 0).to(tl.float32)
-        z_t = tl.load(x + i - s * C, there, 0).to(tl.float32)
-        tl.store(y + i, p_t * x_t + q_t * z_t, i < n)
+        here = (row < n) & (d < D)
+        there = here & (t >= s) & (t - s < T)
+        i, w = row.to(tl.int64) * (H * D) + c, row.to(tl.int64) * step + c
+        p_t = tl.load(p + w, here, 0).to(tl.float32)
+        q_t = tl.load(q + (w - s * step if AHEAD else w), there, 0).to(tl.float32)
+        x_t = tl.load(x + i, here, 0).to(tl.float32)
+        z_t = tl.load(x + i - s * (H * D), there, 0).to(tl.float32)
+        tl.store(y + i, p_t * x_t + q_t * z_t, here)
 
     @torch.library.custom_op("hsm::mix", mutates_args=())
     def mix(x: Tensor, p: Tensor, q: Tensor, shifts: Tensor, ahead: bool) -> Tensor:
         """p x + q z in one kernel. x: (B, T, C).  p, q: (C,) or (B, T, C).  shifts: (H,) int64."""
         x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
-        y, n, (_, T, C), D = torch.empty_like(x), x.numel(), x.shape, x.size(2) // len(shifts)
-        row = C if p.dim() > 1 else 0
-        mix_kernel[(triton.cdiv(n, 1024),)](x, p, q, shifts, y, n, T, C, D, row, ahead)
+        y, (B, T, C), H = torch.empty_like(x), x.shape, len(shifts)
+        step, cols = C if p.dim() > 1 else 0, triton.next_power_of_2(C // H)
+        grid = (triton.cdiv(B * T, triton.cdiv(1024, cols)) * H,)
+        mix_kernel[grid](x, p, q, shifts, y, B * T, T, H, C // H, step, ahead, cols)
         return y
 
     @mix.register_fake
@@ -677,11 +677,11 @@ if triton is not None:
 
 
 def fast_mix(pair, x, shifts):
-    """pair(x, z), delay and pair in one kernel, in x's type or that of autocast."""
+    """pair(x, z) in one kernel, in x's type or autocast's. shifts: (H,) int64 on x's device."""
     p, q = pair.taps(x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return mix(x, p.to(x.dtype), q.to(x.dtype), torch.tensor(shifts, device=x.device), False)
+    return mix(x, p.to(x.dtype), q.to(x.dtype), shifts, False)
 
 
 def use_fast(model):
@@ -691,14 +691,14 @@ def use_fast(model):
     if not runs or not mixers or not all(hasattr(mixer.pair, "taps") for mixer in mixers):
         raise BadInput("the fast path needs Triton, CUDA and ab, vec or gate1; use --no-fast")
     for mixer in mixers:
-        mixer.fast = True
+        mixer.fast = torch.tensor(mixer.shifts, device=model.wte.weight.device)
 
 
 def as_graph(step, chunk):
     """step: (B, 1) -> (logits (B, 1, V), None), as one CUDA graph. chunk: a first token.
 
-    A token of a small model is hundreds of kernels that each take longer to start than to run. A
-    graph starts them at once, on the same addresses each time, once it has recorded a call.
+    A token is hundreds of kernels that each take longer to start than to run. A graph starts them
+    at once, on the same addresses each time, once it has recorded a call.
     """
     idx, graph = chunk.clone(), torch.cuda.CUDAGraph()
 
