@@ -15,16 +15,22 @@ ends.
 nbgrader gives 0 points to a test cell that writes to stderr. So warnings, and whatever else the
 student's code writes there, are dropped while a test runs. What it prints to stdout is shown.
 
+forbid() takes parts of hsm.py away while tests run; without_loop() and bytes_kept() tell a formula
+from a loop, and a ring from the whole history, wherever a student's code may keep it.
+
 This is help for honest students, and no guard against dishonest ones: their code runs in the same
 process as the tests.
 """
 
 import ctypes
+import gc
 import io
+import sys
 import threading
 import traceback
+import tracemalloc
 import warnings
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 
 import torch
 
@@ -93,6 +99,86 @@ def raises(error, call):
     return False
 
 
+FORBIDDEN = []  # functions and classes
+
+
+def forbid(*things):
+    """From now on these functions and classes of hsm.py fail while a test runs. None: all are back.
+
+    By whatever name a student's code knows them: it is the code itself that goes.
+    """
+    FORBIDDEN[:] = things
+
+
+def away(*_, **__):
+    raise RuntimeError("hsm.py's own answer is away while the tests run: write yours")
+
+
+@contextmanager
+def taken_away():
+    kept = []
+    for thing in FORBIDDEN:
+        name = "__init__" if isinstance(thing, type) else "__code__"
+        kept.append((thing, name, getattr(thing, name)))
+        setattr(thing, name, away if isinstance(thing, type) else away.__code__)
+    try:
+        yield
+    finally:
+        for thing, name, value in kept:
+            setattr(thing, name, value)
+
+
+def without_loop(call, limit=2000):
+    """call(), which may take no more than `limit` of Python's smallest steps: Different if more."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += 1
+        if count > limit:
+            raise Different("the answer must be a formula, without a loop")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return call()
+    finally:
+        sys.settrace(before)
+
+
+def tensor_bytes():
+    """Memory of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            with suppress(Exception):  # some have no storage
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def bytes_kept(make, inputs):
+    """By how many bytes memory has grown after thing = make(), then thing(i) for each of inputs.
+
+    Whatever they lie in: tensors, arrays or lists, in the thing itself, its class or a global name.
+    """
+    tensors = tensor_bytes()
+    tracemalloc.start()  # Python's own objects, and NumPy's arrays
+    try:
+        thing, one = make(), None
+        for one in inputs:
+            thing(one)
+        del one
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    return grown + tensor_bytes() - tensors
+
+
 def describe(error):
     """An exception of the student's code in one line, with the line of the notebook's cell."""
     if isinstance(error, NotImplementedError):
@@ -139,7 +225,8 @@ def check(name, test, why="", seconds=10):
 
     why: what to tell a student whose answer is wrong.  Raises Failed with one line otherwise.
     """
-    outcome, error = run_limited(test, seconds)
+    with taken_away():
+        outcome, error = run_limited(test, seconds)
     if error is None:
         try:
             if outcome is not None and bool(outcome):

@@ -4,7 +4,7 @@
                                                              with what they need, to handout/
     python notebooks/assignments/grade.py grade              autograde submitted/, print the points
     python notebooks/assignments/grade.py grade 1_delay      one assignment
-    python notebooks/assignments/grade.py selftest           untouched gets 0, solved full marks
+    python notebooks/assignments/grade.py selftest           is the grading right? A table
 
 Students' work is read from submitted/STUDENT/NAME/NAME.ipynb. The selftest works in a temporary
 folder and touches nothing here. It ends with status 1 if a number is not what it should be.
@@ -12,11 +12,14 @@ folder and touches nothing here. It ends with status 1 if a number is not what i
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Literal
 
@@ -24,21 +27,25 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
-from hsm import BadInput  # noqa: E402 (the path comes first)
+import check  # noqa: E402 (the path comes first)
+
+from hsm import PAIRS, BadInput  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
 
 NAMES = sorted(path.parent.name for path in HERE.glob("source/*/*.ipynb"))
+NBGRADER = "nbgrader>=0.9.6,<0.10"
+
+# ---- nbgrader ------------------------------------------------------------------------------------
 
 
 def nbgrader(course, *words):
-    """Run an nbgrader command in the folder of a course. BadInput with its error if it fails."""
+    """Run an nbgrader command in the folder of a course. BadInput with its reason if it fails."""
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | {"HSM_ROOT": str(ROOT), "PATH": programs}  # nbgrader calls alembic
-    command = [sys.executable, "-m", "nbgrader", *words]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "nbgrader", *words],
         cwd=course,
         env=environment,
         capture_output=True,
@@ -46,10 +53,13 @@ def nbgrader(course, *words):
         errors="replace",
     )
     if "No module named nbgrader" in done.stderr:
-        raise BadInput('this needs nbgrader: pip install "nbgrader>=0.9.6,<0.10"')
+        raise BadInput(f'this needs nbgrader: pip install "{NBGRADER}"')
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or [done.stderr]
-        raise BadInput(f"nbgrader {' '.join(words)} failed: {lines[-1].strip()}")
+        # The exception that ends the first traceback says why; what follows says that it failed.
+        reasons = re.findall(r"^[\w.]*(?:Error|Exception): .+", done.stderr, re.MULTILINE)
+        lines = reasons or re.findall(r"^.*\bERROR\b.*", done.stderr, re.MULTILINE)
+        raise BadInput((lines or [f"nbgrader {' '.join(words)} failed"])[0].strip())
+    return done.stdout
 
 
 def read(path):
@@ -70,18 +80,24 @@ def copy_course(course, names):
 
 
 def hand_out(release, handout):
-    """Copy student versions, and what of the project they import, into one folder to give away.
+    """Copy student versions, and what they need of the project, into one folder to give away.
 
-    It is a small project folder of its own, without source/: no answer is in it.
+    It is a small project folder of its own, without source/ and answers/: no solution is in it.
     """
     shutil.rmtree(handout, ignore_errors=True)
     for path in sorted(release.glob("*/*.ipynb")):
         (handout / path.parent.name).mkdir(parents=True)
         shutil.copy(path, handout / path.parent.name)
-    for name in ("hsm.py", "train.py", "prepare_data.py", "requirements.txt", "LICENSE"):
-        shutil.copy(ROOT / name, handout)
-    (handout / "notebooks" / "assignments").mkdir(parents=True)
-    shutil.copy(HERE / "check.py", handout / "notebooks" / "assignments")
+    needed = ["hsm.py", "train.py", "prepare_data.py", "LICENSE", "results/neighbours.py"]
+    needed += ["notebooks/helper.py", "notebooks/assignments/check.py"]
+    needed += [f"notebooks/{path.name}" for path in HERE.parent.glob("0*.ipynb")]
+    for name in needed:
+        (handout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, handout / name)
+    shutil.copy(HERE / "students.md", handout / "README.md")
+    shutil.copy(HERE / "nbgrader_config.py", handout)  # validate reads its time limit there
+    packages = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    (handout / "requirements.txt").write_text(f"{packages.rstrip()}\n{NBGRADER}\n", "utf-8")
 
 
 def submit(course, student, name, answers):
@@ -95,33 +111,127 @@ def submit(course, student, name, answers):
     (folder / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
 
 
+def autograde(course, names):
+    """Grade each hand-in by itself, so that none stops another.
+
+    Returns rows (assignment, student, points or None, out of, points that a person gives), and
+    the reason for each that could not be graded, {(assignment, student): reason}.
+    """
+    from nbgrader.api import Gradebook  # here, so that --help works without it
+
+    failures = {}
+    hand_ins = sorted(
+        (p.name, p.parent.name) for n in names for p in course.glob(f"submitted/*/{n}")
+    )
+    for name, student in hand_ins:
+        folder = course / "submitted" / student / name
+        if not (folder / f"{name}.ipynb").is_file():
+            found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
+            failures[name, student] = f"{name}.ipynb is not there, but {found}"
+            continue
+        try:
+            nbgrader(course, "autograde", name, "--student", student, "--force")
+        except BadInput as error:
+            failures[name, student] = f"{name}.ipynb: {error}"
+    rows = []
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
+        for name, student in hand_ins:
+            most = book.find_assignment(name).max_score
+            points = by_hand = None
+            if (name, student) not in failures:
+                submission = book.find_submission(name, student)
+                points = submission.score
+                grades = [g for notebook in submission.notebooks for g in notebook.grades]
+                by_hand = sum(g.max_score for g in grades if g.needs_manual_grade)
+            rows.append((name, student, points, most, by_hand))
+    return rows, failures
+
+
+def show(rows, failures):
+    for name, student, points, most, by_hand in rows:
+        score = "not graded" if points is None else f"{points:5g} of {most:g}"
+        print(f"{name:10} {student:20} {score}" + (f"  (+ {by_hand:g} by hand)" if by_hand else ""))
+    for (name, student), reason in failures.items():
+        print(f"NOT GRADED  {student}, {name}: {reason}")
+
+
+# ---- Is the grading right? -----------------------------------------------------------------------
+
+
+def cells_of(name):
+    return read(HERE / "source" / name / f"{name}.ipynb")["cells"]
+
+
+def most_points(name):
+    """(all points of an assignment, those of them that a person gives)."""
+    cells = [cell["metadata"].get("nbgrader", {}) for cell in cells_of(name)]
+    by_hand = sum(c.get("points", 0) for c in cells if c.get("solution"))
+    return sum(c.get("points", 0) for c in cells), by_hand
+
+
 def solutions(name):
-    """{grade id: source} of an assignment's solution cells."""
-    cells = read(HERE / "source" / name / f"{name}.ipynb")["cells"]
-    answers = [cell for cell in cells if cell["metadata"].get("nbgrader", {}).get("solution")]
+    """{grade id: source} of an assignment's solution cells, those that a person reads left out."""
+    settings = [(cell, cell["metadata"].get("nbgrader", {})) for cell in cells_of(name)]
+    answers = [cell for cell, how in settings if how.get("solution") and not how["grade"]]
     return {grade_id(cell): "".join(cell["source"]) for cell in answers}
 
 
-def scores(course):
-    """[(assignment, student, points, out of)] of all that has been autograded."""
-    from nbgrader.api import Gradebook  # here, so that --help works without it
-
-    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
-        rows = [
-            (assignment.name, submission.student.id, submission.score, assignment.max_score)
-            for assignment in book.assignments
-            for submission in assignment.submissions
-        ]
-    return sorted(rows)
+def answers_to(name):
+    """[(the test that must say so, or "" for a right answer; cell, what it is, source)]."""
+    text = (HERE / "answers" / f"{name}.md").read_text(encoding="utf-8")
+    pattern = r"^## (?:wrong (\w+)|right): (\S+): (.+?)\n\n```python\n(.*?)```"
+    return re.findall(pattern, text, re.MULTILINE | re.DOTALL)
 
 
-def show(rows):
-    for name, student, points, most in rows:
-        print(f"{name:10} {student:20} {points:5g} of {most:g}")
+def play(name, cell_id="", source="", test=""):
+    """Run a notebook in this process, as nbgrader would: an error ends its cell only.
+
+    source: in place of what the cell says. test: run no further than to the tests of its letter,
+    and no other ones, because the rest takes long. Returns the points and all the errors.
+    """
+    points, errors, names = 0, [], {"__name__": "__main__"}
+    cells = [cell for cell in cells_of(name) if cell["cell_type"] == "code"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    asked = [bool(re.search(rf'"{test[:1]}\d', text)) for text in texts]
+    end = max(i for i in range(len(cells)) if asked[i]) + 1 if test else len(cells)
+    pairs, path, place = dict(PAIRS), list(sys.path), Path.cwd()
+    os.chdir(HERE / "source" / name)
+    try:
+        for cell, text, wanted in zip(cells[:end], texts, asked, strict=False):
+            worth = cell["metadata"].get("nbgrader", {}).get("points", 0)
+            if test and ((worth and not wanted) or cell["id"] == "picture"):
+                continue
+            if source and grade_id(cell) == cell_id:
+                text = source
+            try:
+                exec(compile(text, f"<{grade_id(cell)}>", "exec"), names)
+                points += worth
+            except Exception as error:
+                errors.append(error)
+    finally:
+        os.chdir(place)
+        sys.path[:] = path
+        PAIRS.clear()
+        PAIRS.update(pairs)
+        check.forbid()
+    return points, errors
+
+
+def verdict(name, answer):
+    """ "" if an answer is graded as it should be, else what went wrong."""
+    test, cell, what, source = answer
+    with redirect_stdout(StringIO()):
+        points, errors = play(name, cell, source, test)
+    said = [str(error) for error in errors if str(error).startswith("FAILED ")]
+    if test and not (said and said[0].startswith(f"FAILED {test}")):
+        return f"{name}, {what}: {test} should have failed, not {said[:1]}"
+    if not test and (errors or points != most_points(name)[0] - most_points(name)[1]):
+        return f"{name}, {what}: is right, and yet {said[:1]}"
+    return ""
 
 
 def selftest(names):
-    """Untouched student versions must have 0 points, solved ones all. Returns the exit status."""
+    """Grade the untouched, the solutions, and all answers of answers/. Returns the exit status."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         course = Path(folder).resolve()
         copy_course(course, names)
@@ -129,15 +239,25 @@ def selftest(names):
         for name in names:
             submit(course, "untouched", name, {})
             submit(course, "solved", name, solutions(name))
-        nbgrader(course, "autograde", "*")
-        rows = scores(course)
-    show(rows)
-    wrong = [row for row in rows if row[2] != (row[3] if row[1] == "solved" else 0)]
-    if wrong or len(rows) != 2 * len(names):
-        print("FAILED: an untouched notebook must have 0 points and a solved one all of them")
-        return 1
-    print(f"{len(names)} assignments: untouched 0, solved full marks")
-    return 0
+        rows, failures = autograde(course, names)
+    points = {row[:2]: row[2] for row in rows}
+    wrong = [f"{name}, {student}: {why}" for (name, student), why in failures.items()]
+    print("assignment  untouched  solved              wrong ones caught  right ones passed")
+    for name in names:
+        most, by_hand = most_points(name)
+        said = {answer: verdict(name, answer) for answer in answers_to(name)}
+        wrong += [words for words in said.values() if words]
+        caught, passed = ([not said[a] for a in said if bool(a[0]) is k] for k in (True, False))
+        solved = f"{points[name, 'solved']:g} of {most:g}"
+        solved += f", {by_hand:g} by hand" if by_hand else ""
+        print(
+            f"{name:10}  {points[name, 'untouched']:9g}  {solved:18}  "
+            f"{sum(caught):6} of {len(caught):<8}  {sum(passed):6} of {len(passed)}"
+        )
+        if points[name, "untouched"] != 0 or points[name, "solved"] != most - by_hand:
+            wrong.append(f"{name}: untouched must have 0 points and solved all that nbgrader gives")
+    print("\n".join(f"FAILED: {words}" for words in wrong) or "all is as it should be")
+    return int(bool(wrong))
 
 
 @dataclass
@@ -154,22 +274,23 @@ def main(arguments=None):
     for name in config.names:
         if name not in NAMES:
             raise BadInput(f"unknown assignment {name!r}; choose from {', '.join(NAMES)}")
+    names = config.names or NAMES
     if config.command == "selftest":
-        return selftest(config.names or NAMES)
-    if config.command == "grade" and not list(HERE.glob("submitted/*/*/*.ipynb")):
-        raise BadInput(f"nothing is handed in as {HERE / 'submitted'}/STUDENT/NAME/NAME.ipynb")
-    if config.command == "grade" and not (HERE / "gradebook.db").is_file():
-        raise BadInput(f"there is no gradebook yet; first: python {Path(__file__).name} release")
-    step = "generate_assignment" if config.command == "release" else "autograde"
-    for name in config.names or ["*"]:  # nbgrader takes a pattern, and starts only once for all
-        nbgrader(HERE, step, name, "--force")
+        return selftest(names)
     if config.command == "release":
+        for name in config.names or ["*"]:  # nbgrader takes a pattern, and starts once for all
+            nbgrader(HERE, "generate_assignment", name, "--force")
         hand_out(HERE / "release", HERE / "handout")
         print(f"the student versions are in {HERE / 'release'}, a folder to give to students is")
         print(f"{HERE / 'handout'}")
-    else:
-        show(scores(HERE))
-    return 0
+        return 0
+    if not list(HERE.glob("submitted/*/*")):
+        raise BadInput(f"nothing is handed in as {HERE / 'submitted'}/STUDENT/NAME/NAME.ipynb")
+    if not (HERE / "gradebook.db").is_file():
+        raise BadInput(f"there is no gradebook yet; first: python {Path(__file__).name} release")
+    rows, failures = autograde(HERE, names)
+    show(rows, failures)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
