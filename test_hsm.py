@@ -1099,7 +1099,6 @@ REFUSED = [
     (train, "--lr nan", "lr must be"),
     (train, "--beta2 1", "beta2"),
     (train, "--device tpu", "tpu.*auto.*cpu"),
-    (train, "--dtype float16 --device cpu", "float16 does not train on a CPU"),
     (train, "--block-size 100000 --eval-tokens 100000", "block_size=100000"),
     (train, "--vocab-size 3", "vocab_size=3"),
     (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),

@@ -1,7 +1,6 @@
 """Train a GPT of hsm.py on the token numbers of prepare_data.py.
 
-    python train.py                           the quick preset: minutes on two cores
-    python train.py --mixers ab --out out/ab  the same without any attention
+    python train.py [--mixers ab]             the quick preset: minutes on two cores
     python train.py shakespeare               a preset for one GPU
     python train.py --resume                  go on where the last run stopped
 
@@ -13,7 +12,6 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -37,18 +35,14 @@ from hsm import GPT, BadInput, GPTConfig, layer_table, use_fast
 from prepare_data import Tokenizer, atomic_write, bits_per_byte, open_tokens, parse, read_meta, run
 
 Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
-
-
-def shape(**fields):
-    """The shape of the presets' models: two HSM layers for each of softmax, any vocabulary."""
-    return GPTConfig(**{"vocab_size": 0, "mixers": "ab,ab,softmax"} | fields)
+SHAPE = {"vocab_size": 0, "mixers": "ab,ab,softmax"}  # the presets' models, any vocabulary
 
 
 @dataclass
 class TrainConfig:
     """A whole training run. Raises BadInput (a ValueError) where a field is out of range."""
 
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=shape)
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=lambda: GPTConfig(**SHAPE))
     data: str = "data/shakespeare_char"  # prepared folder; data/<corpus>_<tokenizer> makes itself
     out: str = "out/quick"  # folder for checkpoints, log and picture
     steps: int = 1700  # updates of the weights
@@ -83,7 +77,7 @@ class TrainConfig:
 
 LONG = {"steps": 4000, "lr": 4e-3, "eval_interval": 400}
 BIG = {"warmup": 500, "eval_interval": 500, "eval_tokens": 500_000}
-PRESETS = {  # the model, where it differs from shape(), and the training, where from TrainConfig()
+PRESETS = {  # the model, where it is not SHAPE, and the training, where it is not quick's
     "quick": ({}, {}),
     # The best hybrid and the best HSM alone of the grid in results/README.md.
     "deep": ({"n_layer": 9, "mixers": "vec,vec,softmax", "proj": False, "d_ff": 256}, LONG),
@@ -102,7 +96,7 @@ PRESETS = {  # the model, where it differs from shape(), and the training, where
     ),
 }
 for name, (model, more) in PRESETS.items():
-    PRESETS[name] = TrainConfig(shape(**model), out=f"out/{name}", **more)
+    PRESETS[name] = TrainConfig(GPTConfig(**SHAPE | model), out=f"out/{name}", **more)
 
 
 # ---- Device, numbers, threads --------------------------------------------------------------------
@@ -120,8 +114,6 @@ def pick_dtype(name, device):
     if name == "auto" and device.type == "cuda":  # a T4 only pretends to have bfloat16
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    if name == "float16" and device.type == "cpu":
-        raise BadInput("float16 does not train on a CPU; choose --dtype float32 or bfloat16")
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
@@ -172,7 +164,7 @@ def model_from(checkpoint, device="cpu"):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, AttributeError, RuntimeError, BadInput) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).splitlines()[:1]
         raise BadInput(f"the checkpoint does not fit this hsm.py: {reason}") from error
     return model.to(device)
 
@@ -210,10 +202,7 @@ class Windows:
 
 
 def get_data(folder, is_prepared=False):
-    """(folder, meta) of a prepared folder; data/<corpus>_<tokenizer> is prepared if it is not yet.
-
-    Without a network, Shakespeare gives way to Python's own library, and the folder is another one.
-    """
+    """(folder, meta) of a prepared folder; data/CORPUS_TOKENIZER prepares itself, if need be."""
     folder, (corpus, _, tokenizer) = Path(folder), Path(folder).name.rpartition("_")
     if (folder / "meta.json").is_file() or corpus not in prepare_data.CORPORA:
         return folder, read_meta(folder)
@@ -246,8 +235,8 @@ def make_optimizer(model, config, device):
         (matrices if p.dim() >= 2 else vectors).append(p)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups += [{"params": vectors, "weight_decay": 0.0}]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+    betas, fused = (0.9, config.beta2), device.type != "mps"
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
 
 
 @contextmanager
@@ -280,15 +269,14 @@ def say(text):
 
 
 BEFORE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
-# history: the rows of log.jsonl; stopped_by: 0, or the number of the signal that stopped it.
 Result = namedtuple("Result", "model tokenizer history best_loss best_bpb seconds out stopped_by")
 
 
 def train(config, saved=None):
     """Train as config (a TrainConfig) says, write into config.out, and return a Result.
 
-    saved: the checkpoint to go on from, if it is loaded already. BadInput: what a person can put
-    right. Of several processes (torchrun) rank 0 writes and speaks.
+    saved: the checkpoint to go on from, if it is loaded already.  In the Result, history has the
+    rows of log.jsonl, stopped_by a signal's number or 0. BadInput for what a person can put right.
     """
     rank, n_ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out, device = Path(config.out), pick_device(config.device)
@@ -302,8 +290,7 @@ def train(config, saved=None):
             if rank == 0:  # it prepares the data, if need be, before the others go on
                 get_data(config.data, is_prepared=config.resume)
             if on_cuda:
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(device)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if on_cuda else "gloo")
             stack.callback(dist.destroy_process_group)
         folder, meta = get_data(config.data, is_prepared=config.resume)
@@ -314,9 +301,9 @@ def train(config, saved=None):
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         config.threads = config.threads or pick_threads()
         torch.set_num_threads(config.threads)
-        data, val = (Windows(folder, s, meta, shape.block_size, device) for s in ("train", "val"))
-        starts, n = val.evenly(config.eval_tokens), config.batch_size
-        val_windows = np.split(starts, range(n, len(starts), n))
+        n, T = config.batch_size, shape.block_size
+        data, val = (Windows(folder, split, meta, T, device) for split in ("train", "val"))
+        val_windows = np.split(s := val.evenly(config.eval_tokens), range(n, len(s), n))
         torch.manual_seed(config.seed)
         model = GPT(shape).to(device)
         with nullcontext() if config.fast else suppress(BadInput):
@@ -324,9 +311,8 @@ def train(config, saved=None):
                 use_fast(model)
         replica = torch.nn.parallel.DistributedDataParallel(model) if n_ranks > 1 else model
         compiles = on_cuda if config.compile is None else config.compile
-        # It shares the model's weights, whose names in a checkpoint are the plain ones.
+        # All share the model's weights: these stay float32, and have plain names in a checkpoint.
         compiled = torch.compile(replica) if compiles else replica
-        # Matrix products in dtype, where that is safe; the weights stay float32.
         compiled = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(compiled)
         optimizer = make_optimizer(model, config, device)
         # Here the scaler is a guard: it leaves a step out, without waiting for the device, if a
@@ -340,11 +326,9 @@ def train(config, saved=None):
         step, history, best_loss, seconds_before = 0, [], math.inf, 0.0
         if saved is not None:
             for name, value in asdict(shape).items():
-                old = saved["config"].get(name, value)
-                if old != value and name != "dropout":
-                    raise BadInput(
-                        f"the run in {out} has {name}={old}, not {value}; so no --resume"
-                    )
+                if saved["config"].get(name, value) != value and name != "dropout":
+                    words = f"has {name}={saved['config'][name]}, not {value}"
+                    raise BadInput(f"the run in {out} {words}: a resumed model keeps its shape")
             if saved["step"] > config.steps:
                 raise BadInput(f"{out} is at step {saved['step']} already; give more --steps")
             if saved["meta"] != meta:
@@ -355,7 +339,7 @@ def train(config, saved=None):
             running += saved["running"].to(device)
             names = ("step", "history", "best_loss", "seconds")
             step, history, best_loss, seconds_before = (saved[name] for name in names)
-        first_step, began = step, time.perf_counter()
+        began = time.perf_counter() - seconds_before
 
         def save(name):
             settings = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -363,8 +347,7 @@ def train(config, saved=None):
             items |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             items |= {"scaler": scaler.state_dict(), "running": running.cpu()}
             items |= {"step": step, "history": history, "best_loss": best_loss}
-            seconds = seconds_before + time.perf_counter() - began
-            save_checkpoint(out / name, **items, seconds=seconds)
+            save_checkpoint(out / name, **items, seconds=time.perf_counter() - began)
 
         if rank == 0:
             try:
@@ -380,7 +363,6 @@ def train(config, saved=None):
             size, what = f"{model.num_params():,} parameters", f"{device.type} x {n_ranks}, {dtype}"
             say(f"{shape.mixers}, {size}; {folder} -> {out}; {what}, {config.threads} threads")
         caught = stack.enter_context(catch_signals())
-        # In a terminal a bar; in a file there is a line an evaluation.
         bar = tqdm(total=config.steps, initial=step, mininterval=0.3, disable=bool(rank) or None)
         while True:
             ends, last = step >= config.steps, history[-1]["step"] if history else -1
@@ -394,16 +376,11 @@ def train(config, saved=None):
                 if not math.isfinite(val_loss):
                     raise BadInput(f"validation loss {val_loss} at step {step}{BEFORE}")
                 seconds = time.perf_counter() - began
-                tokens = (step - first_step) * config.grad_accum * config.batch_size
-                row = {
-                    "step": step,
-                    "train_loss": loss_sum / n if n else None,
-                    "val_loss": val_loss,
-                }
-                row |= {"val_bpb": bits_per_byte(val_loss, meta)}
+                tokens_per_s = step * config.grad_accum * config.batch_size * T / seconds
+                row = {"step": step, "train_loss": loss_sum / n if n else None}
+                row |= {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, meta)}
                 row |= {"lr": learning_rate(config, max(0, step - 1))}
-                row |= {"tokens_per_s": round(tokens * shape.block_size / seconds)}
-                row |= {"elapsed_s": round(seconds_before + seconds, 2)}
+                row |= {"tokens_per_s": round(tokens_per_s), "elapsed_s": round(seconds, 2)}
                 history.append(row)
                 running[:2] = 0
                 is_best = val_loss < best_loss or not (out / "best.pt").is_file()
@@ -413,7 +390,7 @@ def train(config, saved=None):
                         path.write_text("".join(f"{json.dumps(r)}\n" for r in history), "utf-8")
                     for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
                         save(name)
-                    left = (config.steps - step) * seconds / max(1, step - first_step)
+                    left = (config.steps - step) * seconds / max(1, step)
                     losses = f"loss {loss_sum / max(1, n):.4f}, validation {val_loss:.4f} nats a"
                     speed = f"{row['tokens_per_s']:,} tokens/s, {left:.0f} s left"
                     say(f"step {step:,}: {losses} token, {row['val_bpb']:.4f} bits a byte; {speed}")
@@ -473,7 +450,7 @@ def train(config, saved=None):
 
 def report(result, config):
     """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
-    out, device = shlex.quote(str(result.out)), result.model.wte.weight.device
+    out, device = result.out, result.model.wte.weight.device
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would take a notebook's away
     axes = figure.subplots()
     for key, style in (("train_loss", "--"), ("val_loss", "-")):
@@ -495,7 +472,6 @@ def report(result, config):
 
 def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # The preset's name may stand first, or behind a flag that has its value already.
     places = [i for i, w in enumerate(words) if w in PRESETS and (not i or "=" in words[i - 1])]
     preset = words.pop(places[0]) if places else "quick"
     if words and not words[0].startswith("-"):
@@ -509,13 +485,14 @@ def main(arguments=None):
         except TypeError as error:
             raise BadInput(f"{out}/ckpt.pt is not a checkpoint of this train.py") from error
     about = f"python train.py [{'|'.join(PRESETS)}] [flags]. The defaults shown are {preset}'s."
-    config = parse(TrainConfig, words, about, default)
     try:
-        stopped_by = train(config, saved).stopped_by
+        stopped_by = train(parse(TrainConfig, words, about, default), saved).stopped_by
     except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        raise BadInput("another process of this training has ended; use --resume") from error
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise BadInput("torch.compile does not work here; use --no-compile") from error
+        if "WORLD_SIZE" in os.environ:
+            raise BadInput("another process of this training has ended; use --resume") from error
+        raise
     return 128 + stopped_by if stopped_by else 0  # as shells count
 
 
