@@ -347,7 +347,7 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
             "hybrid-shift": "HSM and softmax with the shift",
         },
     ),
-    "fair": (TEXTS, ("shift-softmax", "hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
+    "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", RANDOM)),
     "pairs": (BEFORE, [f"{name}-in" for name in PAIRS]),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
