@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import sys
 import sysconfig
@@ -37,6 +38,7 @@ from hsm import BadInput
 CHUNK = 2**20  # bytes read at a time
 # Each corpus, and the tokenizer that suits it.
 CORPORA = {"shakespeare": "char", "tinystories": "gpt2", "openwebtext": "gpt2", "stdlib": "byte"}
+FOLDERS = [f"{corpus}_{kind}" for corpus in CORPORA for kind in ("char", "byte", "gpt2")]
 GITHUB, HUB = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 URLS = {
     "shakespeare": f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -52,7 +54,6 @@ class Tokenizer:
         self.kind, self.vocab, self.bpe = meta["tokenizer"], meta.get("vocab", ""), None
         self.number = {c: i for i, c in enumerate(self.vocab)}
         self.vocab_size = {"char": len(self.vocab), "byte": 256, "gpt2": 50257}[self.kind]
-        # What a text without a prompt starts from: a new line, or GPT-2's own token for it.
         self.start = {"char": self.number.get("\n", 0), "byte": 10, "gpt2": 50256}[self.kind]
         if self.kind == "gpt2":
             try:
@@ -263,21 +264,20 @@ def bits_per_byte(loss, meta):
 
 
 # ---- Command lines, this one and those of train.py and sample.py ---------------------------------
-def parse(config_type, arguments, description, default=None):
+def parse(config_type, arguments, description, default=tyro.MISSING_NONPROP):
     """A config_type from command-line words; tyro says what is wrong, and exits with status 2."""
-    words = sys.argv[1:] if arguments is None else arguments
-    words = [word.removesuffix("=True") for word in words]  # nanoGPT's --flag=True, =False
-    words = [f"--no-{word[2:-6]}" if word.endswith("=False") else word for word in words]
-    more = {} if default is None else {"default": default}
-    return tyro.cli(config_type, args=words, description=description, **more)
+    words = sys.argv[1:] if arguments is None else arguments  # also nanoGPT's --flag=True, =False
+    words = [re.sub(r"^(--[\w-]+)=True$", r"\1", word) for word in words]
+    words = [re.sub(r"^--([\w-]+)=False$", r"--no-\1", word) for word in words]
+    return tyro.cli(config_type, args=words, description=description, default=default)
 
 
 def run(main):
     """Run main() as a program: bad input and what the system refuses are one line and status 2."""
-    for name in ("stdout", "stderr"):  # any encoding, a notebook's stream, or none: print on
-        setattr(sys, name, getattr(sys, name) or io.StringIO())
-        with suppress(AttributeError):
-            getattr(sys, name).reconfigure(errors="replace")
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+    for stream in (sys.stdout, sys.stderr):  # whatever its encoding, print on
+        with suppress(AttributeError):  # a notebook's streams have none
+            stream.reconfigure(errors="replace")
     status, words = 2, ""
     try:
         status = main() or 0
@@ -285,12 +285,12 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         status, words = 130, "stopped"  # 128 + SIGINT, as shells count
-    except (BadInput, OSError, RuntimeError, MemoryError) as error:
+    except (BadInput, OSError) as error:
         words = str(error)  # an OSError names the file
-        if "memory" in f"{error!r}".lower():
-            words = "too little memory: choose a smaller --batch-size, --block-size or --n-embd"
-        elif isinstance(error, RuntimeError):
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
             raise
+        words = "too little memory: choose a smaller --batch-size, --block-size or --n-embd"
     if words:
         print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo may abort the usual end

@@ -70,7 +70,7 @@ def main(arguments=None):
     numbers = tokenizer.encode(prompt).tolist() or [tokenizer.start]
     idx = torch.tensor([numbers], device=device)
     limits = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed % 2**63)
     stream = model.generate(idx, config.tokens, **limits, generator=generator)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be half a character
     print(prompt, end="")

@@ -70,7 +70,7 @@ class TrainConfig:
         least |= dict.fromkeys(("warmup", "sample_tokens", "seed", "threads", "grad_clip"), 0)
         least |= {"weight_decay": 0, "lr_end": 0, "beta2": 0, "lr": 1e-30}
         for name, low in (least | {"eval_tokens": self.model.block_size}).items():
-            high = {"beta2": 0.99999, "batch_size": 2**20, "grad_accum": 2**20}.get(name, 2**40)
+            high = {"beta2": 0.99999, "threads": 999, "batch_size": 2**20}.get(name, 2**31)
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"{name} must be {low} .. {high:,}, not {getattr(self, name)}")
 
@@ -204,7 +204,7 @@ class Windows:
 def get_data(folder, is_prepared=False):
     """(folder, meta) of a prepared folder; data/CORPUS_TOKENIZER prepares itself, if need be."""
     folder, (corpus, _, tokenizer) = Path(folder), Path(folder).name.rpartition("_")
-    if (folder / "meta.json").is_file() or corpus not in prepare_data.CORPORA:
+    if (folder / "meta.json").is_file() or folder.name not in prepare_data.FOLDERS:
         return folder, read_meta(folder)
     if is_prepared or folder.parent.name != "data":
         raise BadInput(f"there is no {folder} here; --data data/{folder.name} prepares itself")
