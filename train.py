@@ -118,7 +118,7 @@ def pick_dtype(name, device):
 
 
 def pick_threads():
-    """All of PyTorch's threads, or 1 if that is faster just now, by a short trial.
+    """All of PyTorch's threads, or 1 if that is twice as fast just now, by a short trial.
 
     The threads meet after each operator: where another program has one of their cores, they wait
     for its turn to end. The number belongs to the run: another one rounds sums in another way.
@@ -131,7 +131,7 @@ def pick_threads():
         while time.perf_counter() < end:
             torch.relu(x @ weight)
             calls[n] += 1
-    return 1 if calls[1] > 1.3 * calls[n_all] else n_all
+    return 1 if calls[1] > 2 * calls[n_all] else n_all
 
 
 # ---- Checkpoints: tensors and plain types, so that loading one runs nobody's code ----------------
