@@ -180,7 +180,7 @@ def draw_ladder(figure, distance=13, shifts="1, 2, 4, 8"):
     for k, n in enumerate(counts):
         axes.plot(-k, 0, "o", ms=4, color=GREY if n else "white", mec=GREY if n else "black")
         if n > 1:
-            axes.text(-k, -0.2, n, color=PINK, ha="center", va="top", fontsize=8, weight="bold")
+            axes.text(-k, -0.15, n, color=PINK, ha="center", va="top", fontsize=9, weight="bold")
     paths = [way for way in ways if np.dot(way, shifts) == distance]
     for way in paths:
         places = distance - np.cumsum([0, *np.multiply(way, shifts)])  # from the input up
@@ -201,6 +201,7 @@ def draw_ladder(figure, distance=13, shifts="1, 2, 4, 8"):
         xlabel="place before the last token (tokens)",
         xlim=(-len(counts) + 0.5, 0.37 * len(counts)),
         xticks=range(-len(counts) + 1, 1, 1 + len(counts) // 20),
+        ylim=(-0.6, len(shifts) + 0.3),
         yticks=[0, len(shifts)],
         yticklabels=["input", "output"],
     )
@@ -258,7 +259,7 @@ def draw_taps(figure, sizes, costs, shifts, silenced=None):
     panels[0].set(ylabel="mean size")
     panels[1].set(ylabel="what its silence\ncosts (nats)", yscale="log")
     panels[1].set_xticks(range(len(shifts)), [f"layer {j}\ns = {s}" for j, s in enumerate(shifts)])
-    panels[0].legend(fontsize=9, ncols=2, loc="lower right")
+    panels[0].legend(fontsize=9, loc="upper right")
 
 
 def draw_rings(figure, token, stories):
@@ -274,9 +275,8 @@ def draw_rings(figure, token, stories):
             word = "" if number is None else number
             axes.text(x, y, word, color="white", ha="center", va="center", weight="bold")
         axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
-        axes.set_title(
-            f"s = {s}\nx = {token},  z = {'0, no token' if z is None else z}", fontsize=11
-        )
+        came = "nothing yet" if z is None else f"token {z}"
+        axes.set_title(f"s = {s}\nx = token {token},\nz = {came}", fontsize=11)
         axes.axis("off")
     figure.suptitle(f"Token {token} has passed: what the rings hold (token numbers)")
 
