@@ -112,6 +112,22 @@ def submit(course, student, name, answers):
     (folder / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
 
 
+def fault(folder, name, wanted):
+    """Why nbgrader could not grade a hand-in, or would give a reason that misleads; else ""."""
+    if not (folder / f"{name}.ipynb").is_file():
+        found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
+        return f"{name}.ipynb is not there, but {found}"
+    try:
+        ids = [grade_id(cell) for cell in read(folder / f"{name}.ipynb")["cells"]]
+    except (ValueError, LookupError, TypeError) as error:
+        return f"{name}.ipynb is no notebook: {error}"
+    twice = [cell_id for cell_id in wanted if ids.count(cell_id) > 1]
+    if twice:
+        return f"{name}.ipynb has a cell twice: {', '.join(twice)}"
+    missing = [cell_id for cell_id in wanted if cell_id not in ids]
+    return f"{name}.ipynb lacks cells: {', '.join(missing)}" if missing else ""
+
+
 def autograde(course, names):
     """Grade each hand-in by itself, so that none stops another.
 
@@ -126,9 +142,10 @@ def autograde(course, names):
     )
     for name, student in hand_ins:
         folder = course / "submitted" / student / name
-        if not (folder / f"{name}.ipynb").is_file():
-            found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
-            failures[name, student] = f"{name}.ipynb is not there, but {found}"
+        source = read(course / "source" / name / f"{name}.ipynb")
+        reason = fault(folder, name, [grade_id(c) for c in source["cells"] if grade_id(c)])
+        if reason:
+            failures[name, student] = reason
             continue
         try:
             nbgrader(course, "autograde", name, "--student", student, "--force")
