@@ -301,9 +301,9 @@ def train(config, saved=None):
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         config.threads = config.threads or pick_threads()
         torch.set_num_threads(config.threads)
-        n, T = config.batch_size, shape.block_size
+        B, T = config.batch_size, shape.block_size
         data, val = (Windows(folder, split, meta, T, device) for split in ("train", "val"))
-        val_windows = np.split(s := val.evenly(config.eval_tokens), range(n, len(s), n))
+        val_windows = np.split(s := val.evenly(config.eval_tokens), range(B, len(s), B))
         torch.manual_seed(config.seed)
         model = GPT(shape).to(device)
         with nullcontext() if config.fast else suppress(BadInput):
@@ -354,8 +354,9 @@ def train(config, saved=None):
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(out / ".lock", timeout=0))
             except OSError as error:
-                words = f"cannot write to {out}, or another training writes there now"
-                raise BadInput(f"{words} ({error}); choose another --out") from error
+                raise BadInput(
+                    f"cannot write {out}, or another training writes it: {error}"
+                ) from error
             for name in () if config.resume else ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
                 if (out / name).exists():
                     (out / "previous").mkdir(exist_ok=True)
@@ -376,7 +377,7 @@ def train(config, saved=None):
                 if not math.isfinite(val_loss):
                     raise BadInput(f"validation loss {val_loss} at step {step}{BEFORE}")
                 seconds = time.perf_counter() - began
-                tokens_per_s = step * config.grad_accum * config.batch_size * T / seconds
+                tokens_per_s = step * config.grad_accum * B * T / seconds
                 row = {"step": step, "train_loss": loss_sum / n if n else None}
                 row |= {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, meta)}
                 row |= {"lr": learning_rate(config, max(0, step - 1))}
@@ -391,9 +392,10 @@ def train(config, saved=None):
                     for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
                         save(name)
                     left = (config.steps - step) * seconds / max(1, step)
-                    losses = f"loss {loss_sum / max(1, n):.4f}, validation {val_loss:.4f} nats a"
-                    speed = f"{row['tokens_per_s']:,} tokens/s, {left:.0f} s left"
-                    say(f"step {step:,}: {losses} token, {row['val_bpb']:.4f} bits a byte; {speed}")
+                    pace = f"; {tokens_per_s:,.0f} tokens/s, {left:.0f} s left" if step else ""
+                    loss = f"loss {loss_sum / n:.4f}, validation" if n else "validation"
+                    bits = f"{row['val_bpb']:.4f} bits a byte{pace}"
+                    say(f"step {step:,}: {loss} loss {val_loss:.4f} nats a token, {bits}")
             number = max(caught, default=0)
             if n_ranks > 1:  # it may have reached one process alone; asking the others waits
                 numbers = torch.tensor(number, device=device)
@@ -412,7 +414,7 @@ def train(config, saved=None):
             total = torch.zeros((), device=device)
             for i in range(config.grad_accum):
                 number = step * config.grad_accum + i
-                batch = data.batch(config.batch_size, config.seed, number, rank, n_ranks)
+                batch = data.batch(B, config.seed, number, rank, n_ranks)
                 # Several processes average their gradients once a step, with the last batch.
                 more_to_come = n_ranks > 1 and i < config.grad_accum - 1
                 with replica.no_sync() if more_to_come else nullcontext():
