@@ -289,8 +289,7 @@ def train(config, saved=None):
         if n_ranks > 1:
             if rank == 0:  # it prepares the data, if need be, before the others go on
                 get_data(config.data, is_prepared=config.resume)
-            if on_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if on_cuda else None
             dist.init_process_group("nccl" if on_cuda else "gloo")
             stack.callback(dist.destroy_process_group)
         folder, meta = get_data(config.data, is_prepared=config.resume)
@@ -354,9 +353,7 @@ def train(config, saved=None):
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(out / ".lock", timeout=0))
             except OSError as error:
-                raise BadInput(
-                    f"cannot write {out}, or another training writes it: {error}"
-                ) from error
+                raise BadInput(f"another training writes {out}, or nobody can: {error}") from error
             for name in () if config.resume else ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
                 if (out / name).exists():
                     (out / "previous").mkdir(exist_ok=True)
