@@ -249,9 +249,10 @@ def catch_signals():
             raise KeyboardInterrupt  # torchrun repeats a Ctrl-C by itself; a person means it
         caught.append(number)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        with suppress(ValueError):  # a thread beside the main one has no handlers
-            before[name] = signal.signal(getattr(signal, name), handle)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        with suppress(ValueError, AttributeError):  # in a second thread; on Windows
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as nohup asks for
+                before[name] = signal.signal(getattr(signal, name), handle)
     try:
         yield caught
     finally:
