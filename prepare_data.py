@@ -226,6 +226,7 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
     meta["sha256"] = digest.hexdigest()
     with atomic_write(folder / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    print(f"{folder}: {meta['train_tokens']:,} tokens train, {meta['val_tokens']:,} validate")
     return meta
 
 
@@ -312,8 +313,7 @@ class PrepareConfig:
 
 def main(arguments=None):
     config = parse(PrepareConfig, arguments, "Turn a text corpus into token numbers.")
-    meta = prepare(config.corpus, config.path, config.tokenizer, config.out, config.max_docs)
-    print("{train_tokens:,} tokens to train on, {val_tokens:,} to validate".format(**meta))
+    prepare(config.corpus, config.path, config.tokenizer, config.out, config.max_docs)
 
 
 if __name__ == "__main__":

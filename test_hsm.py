@@ -1198,7 +1198,7 @@ def test_the_three_commands_as_a_user_types_them_and_ctrl_c_between(tmp_path):
     words = (HERE / "prepare_data.py", "file", "novel.txt", "--out", "data/n")
     prepare = command(*words, cwd=tmp_path)
     out, _ = prepare.communicate(timeout=60)
-    assert prepare.returncode == 0 and "tokens to train on" in out
+    assert prepare.returncode == 0 and "tokens train" in out and "data/n" in out
     words = ("--data", "data/n", "--steps", 100000, "--eval-interval", 1)
     training = command(HERE / "train.py", *words, *TINY, cwd=tmp_path)
     said = [training.stdout.readline() for _ in range(4)]  # the model, then evaluations

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -112,8 +113,8 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 or, on cards that have none, float16; else float32."""
     if name == "auto" and device.type == "cuda":  # a T4 only pretends to have bfloat16
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float16
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
@@ -164,7 +165,7 @@ def model_from(checkpoint, device="cpu"):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, AttributeError, RuntimeError, BadInput) as error:
-        reason = str(error).splitlines()[:1]
+        reason = str(error).split("\n")[0]
         raise BadInput(f"the checkpoint does not fit this hsm.py: {reason}") from error
     return model.to(device)
 
@@ -315,9 +316,8 @@ def train(config, saved=None):
         compiled = torch.compile(replica) if compiles else replica
         compiled = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(compiled)
         optimizer = make_optimizer(model, config, device)
-        # Here the scaler is a guard: it leaves a step out, without waiting for the device, if a
-        # gradient is not finite. Only in float16, whose numbers end at 65504 and at 6e-8, does it
-        # also scale the loss, up to just below the overflow.
+        # The scaler is a guard: without waiting for the device it leaves out a step whose gradient is
+        # not finite. Only in float16, from 6e-8 to 65504, does it scale the loss, too.
         is_half, guards = dtype == torch.float16, device.type != "mps"
         scaler = torch.amp.GradScaler(device.type, 2.0**16 if is_half else 1.0, enabled=guards)
         # Sum and number of the losses since the last evaluation, and steps left out in a row: on
@@ -442,7 +442,7 @@ def train(config, saved=None):
         if n_ranks > 1:
             dist.barrier()  # nobody leaves while another still works
         if rank == 0 and not ends:
-            say(f"saved at step {step:,}. Go on:  python train.py --resume --out {out}")
+            say(f"saved. Go on:  python train.py --resume --out {shlex.quote(str(out))}")
         elif rank == 0:
             report(result, config)
     return result
@@ -450,7 +450,7 @@ def train(config, saved=None):
 
 def report(result, config):
     """What stands at the end of a run: picture, layers, losses, a sample, how to get more."""
-    out, device = result.out, result.model.wte.weight.device
+    out, device = shlex.quote(str(result.out)), result.model.wte.weight.device
     figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would take a notebook's away
     axes = figure.subplots()
     for key, style in (("train_loss", "--"), ("val_loss", "-")):
