@@ -316,8 +316,8 @@ def train(config, saved=None):
         compiled = torch.compile(replica) if compiles else replica
         compiled = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(compiled)
         optimizer = make_optimizer(model, config, device)
-        # The scaler is a guard: without waiting for the device it leaves out a step whose gradient is
-        # not finite. Only in float16, from 6e-8 to 65504, does it scale the loss, too.
+        # The scaler is a guard: it leaves out a step whose gradient is not finite, without waiting
+        # for the device. Only in float16, from 6e-8 to 65504, does it scale the loss, too.
         is_half, guards = dtype == torch.float16, device.type != "mps"
         scaler = torch.amp.GradScaler(device.type, 2.0**16 if is_half else 1.0, enabled=guards)
         # Sum and number of the losses since the last evaluation, and steps left out in a row: on
