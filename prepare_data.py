@@ -143,10 +143,10 @@ def text_files(corpus, source, folder, max_docs=0):
     """The files that hold a corpus's text, fetched to folder/input.txt if they are not here yet."""
     if corpus == "file":
         path, files = Path(source), [Path(source)]
-        if source and path.is_dir():  # its visible .txt files, but not our own input.txt
+        if source and path.is_dir():  # its visible .txt files
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() == ".txt"]
             files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
-            files = [f for f in files if f.is_file() and f.parent.resolve() != folder.resolve()]
+            files = [f for f in files if f.is_file()]
             print(f"{path}: {len(files)} visible .txt files")
         if not files or not files[0].is_file():
             raise BadInput(f"no text at {source!r}: give a file, or a folder with .txt files")
