@@ -1102,7 +1102,6 @@ REFUSED = [
     (train, "--block-size 100000 --eval-tokens 100000", "block_size=100000"),
     (train, "--vocab-size 3", "vocab_size=3"),
     (train, "--data data/memory_book", "data.memory_book.meta.json is missing"),
-    (train, "--data data/shakespeare_word", "meta.json is missing"),
     (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),
     (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
     (prepare_data, "shakespear", "shakespear.*shakespeare.*file"),
@@ -1248,6 +1247,8 @@ def test_the_readmes_own_mixer_runs_and_its_links_and_commands_name_real_files()
     running = command("-c", example, cwd=HERE)
     out, errors = running.communicate(timeout=60)
     assert running.returncode == 0 and out.count("max") == GPTConfig().n_layer, errors
+    rows = re.findall(r"^[|] (?:train|decode) .*$", readme, re.MULTILINE)
+    assert rows and set(rows) <= {*(HERE / "results" / "bench.md").read_text("utf-8").split("\n")}
     for page in (HERE / "README.md", HERE / "results" / "README.md"):
         text = page.read_text(encoding="utf-8")
         names = re.findall(r"\]\((?!http|#)([^)#]+)", text)
