@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
 
-from hsm import PAIRS, BadInput, GPTConfig  # noqa: E402
+from hsm import BadInput, GPTConfig  # noqa: E402
 from prepare_data import atomic_write, download, parse, prepare, run  # noqa: E402
 from train import TrainConfig, get_data, load_checkpoint, train  # noqa: E402
 
@@ -349,7 +349,6 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
     ),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", RANDOM)),
-    "pairs": (BEFORE, [f"{name}-in" for name in PAIRS]),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
 }
 
