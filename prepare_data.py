@@ -111,12 +111,12 @@ def download(url, path, sha256=""):
             raise BadInput(f"{url} is not the file that we know (its sha256 differs)")
 
 
-def write_stdlib(path):
-    """Python's standard library, this reader's own, but for tests and what pip installed."""
+def write_stdlib(path, order=None):
+    """Python's own library but for tests, by modules' names, or by order(name), to one file."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     with atomic_write(path) as temporary, open(temporary, "wb") as output:
-        for name in sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py")):
+        for name in sorted((f.relative_to(root).as_posix() for f in root.rglob("*.py")), key=order):
             source = b"" if left_out & {*name.split("/")} else (root / name).read_bytes()
             if source.decode("utf-8", "ignore").encode("utf-8") == source:  # a few are in Latin-1
                 output.write(source.replace(b"\r\n", b"\n"))
