@@ -15,8 +15,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import bench  # noqa: E402
 
-from hsm import GPT  # noqa: E402
-
 TINY = "--lengths 8 16 --n-layer 1 --n-head 2 --n-embd 16 --tokens 16 --rounds 2 --device cpu"
 
 
@@ -60,21 +58,6 @@ def test_one_that_fails_says_why_and_the_others_go_on_in_turns():
     facts = bench.race({n: lambda n=n: make(n) for n in "abc"}, 3, torch.device("cpu"))
     assert turns[-6:] == ["a", "c"] * 3 and facts["seconds"]["b"] is None
     assert facts["errors"] == {"b": "out of memory"}
-
-
-def test_the_bytes_that_a_model_keeps_grow_with_the_tokens_for_weights_do_not_count():
-    model = GPT(bench.BenchConfig(n_layer=2, n_head=2, n_embd=64).models("train", 64)["hsm"])
-    once, twice = (bench.saved_bytes(model, torch.zeros(B, 64).long()) for B in (1, 2))
-    assert twice == pytest.approx(2 * once, rel=0.002)
-
-
-def test_on_cuda_a_decoded_token_is_a_graph(monkeypatch):
-    graphs = []
-    monkeypatch.setattr(bench, "as_graph", lambda step, idx: graphs.append(idx.shape) or step)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    shape = bench.BenchConfig(n_layer=1, n_head=2, n_embd=16).models("decode", 8)["softmax"]
-    bench.decode("softmax", shape, 3, torch.empty(0), "decode")
-    assert graphs == [(3, 1)]
 
 
 def rehearsal(out):
