@@ -90,6 +90,7 @@ def atomic_write(path):
     """Yield a path beside `path` that becomes it at the end; a full disk, say, is a BadInput."""
     temporary = Path(f"{path}.tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -106,7 +107,7 @@ def download(url, path, sha256=""):
             urllib.request.urlretrieve(url, temporary, lambda i, n, _: bar.update(n if i else 0))
         except Exception as error:  # sockets, proxies and servers each have errors of their own
             words = f"put the text at {path} yourself, or: python prepare_data.py stdlib"
-            raise BadInput(f"cannot download {url} ({error!r}); {words}") from error
+            raise BadInput(f"cannot download {url} ({error!r:.200}); {words}") from error
         if sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256:
             raise BadInput(f"{url} is not the file that we know (its sha256 differs)")
 
@@ -193,7 +194,6 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
         raise BadInput("max_docs, 0 or more, is for openwebtext alone, and a path for file alone")
     tokenizer = CORPORA.get(corpus, "char") if tokenizer == "auto" else tokenizer
     folder = Path(folder or f"data/{corpus}_{tokenizer}")
-    folder.mkdir(parents=True, exist_ok=True)
     meta, digest = {"corpus": corpus, "tokenizer": tokenizer}, hashlib.sha256()
     with ExitStack() as stack:
         stack.enter_context(FileLock(folder / ".lock"))  # who else prepares this folder ends first

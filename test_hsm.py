@@ -688,7 +688,10 @@ def test_the_same_bytes_are_the_same_tokens_in_a_text_and_in_a_prompt_file(tmp_p
 def test_two_programs_that_prepare_one_folder_both_end_well_and_delete_nothing_of_others(tmp_path):
     write(tmp_path / "a.txt", story(20_000)), write(tmp_path / "out" / "thesis.tmp", "mine")
     words = (HERE / "prepare_data.py", "file", "a.txt", "--out", "out")
-    both = [command(*words, cwd=tmp_path) for _ in range(2)]
+    with train.FileLock(tmp_path / "out" / ".lock"):  # as a third one has it
+        both = [command(*words, cwd=tmp_path) for _ in range(2)]
+        time.sleep(3)
+        assert not list((tmp_path / "out").glob("train.bin*"))
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert prepared_text(tmp_path / "out")[0] == story(20_000)
     assert (tmp_path / "out" / "thesis.tmp").read_text("utf-8") == "mine"
@@ -1096,7 +1099,6 @@ REFUSED = [
     (train, "--steps 0", "steps must be 1"),
     (train, "--steps 99999999999999999999", "steps must be 1"),
     (train, "--batch-size 10000000", "batch_size must be 1"),
-    (train, "--eval-tokens 5", "eval_tokens"),
     (train, "--lr nan", "lr must be"),
     (train, "--device tpu", "tpu.*auto.*cpu"),
     (train, "--block-size 100000 --eval-tokens 100000", "block_size=100000"),
@@ -1106,7 +1108,6 @@ REFUSED = [
     (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
     (prepare_data, "shakespear", "shakespear.*shakespeare.*file"),
     (prepare_data, "file nowhere.txt", "no text at 'nowhere.txt'"),
-    (prepare_data, "file .", "folder with .txt files"),
     (prepare_data, "stdlib extra", "a path for file alone"),
     (prepare_data, "shakespeare --max-docs 5", "openwebtext alone"),
     (prepare_data, "openwebtext --max-docs -1", "max_docs, 0 or more"),
@@ -1115,7 +1116,6 @@ REFUSED = [
     (sample, "--top-p 1.5", "top_p"),
     (sample, "--prompt Ж", "'Ж' is not among"),
     (sample, "--prompt a --prompt-file b", "not both"),
-    (sample, "--prompt-file nowhere.txt", "nowhere.txt"),
     (sample, "--out nowhere", "no checkpoint nowhere"),
 ]
 

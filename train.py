@@ -385,10 +385,10 @@ def train(config, saved=None):
                 is_best = val_loss < best_loss or not (out / "best.pt").is_file()
                 best_loss = min(val_loss, best_loss)
                 if rank == 0:
-                    with atomic_write(out / "log.jsonl") as path:
-                        path.write_text("".join(f"{json.dumps(r)}\n" for r in history), "utf-8")
                     for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
                         save(name)
+                    with atomic_write(out / "log.jsonl") as path:
+                        path.write_text("".join(f"{json.dumps(r)}\n" for r in history), "utf-8")
                     left = (config.steps - step) * seconds / max(1, step)
                     pace = f"; {tokens_per_s:,.0f} tokens/s, {left:.0f} s left" if step else ""
                     loss = f"loss {loss_sum / n:.4f}, validation" if n else "validation"
