@@ -735,7 +735,7 @@ def test_a_text_that_is_newer_than_its_numbers_is_said(tmp_path, capsys):
     path = write(tmp_path / "input.txt", story(500))
     prepare_data.prepare("shakespeare", folder=tmp_path)
     prepare_data.read_meta(tmp_path)
-    assert "newer" not in capsys.readouterr().out
+    assert "newer than what was" not in capsys.readouterr().out
     os.utime(path, (time.time() + 10,) * 2)
     prepare_data.read_meta(tmp_path)
     assert "newer than what was prepared" in capsys.readouterr().out
@@ -811,9 +811,10 @@ def test_a_signal_or_a_closed_terminal_saves_and_ends_with_128_and_its_number_bu
 ):
     number = getattr(signal, name, None) or pytest.skip(f"this system has no {name}")
     interrupt_at(monkeypatch, 7, number)
+    before = signal.signal(number, signal.SIG_DFL)
     assert train.main(flags(small(data, tmp_path))) == 128 + number
     assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 8
-    before = signal.signal(number, signal.SIG_IGN)  # what nohup does
+    signal.signal(number, signal.SIG_IGN)  # what nohup does
     assert train.main(flags(small(data, tmp_path))) == 0
     signal.signal(number, before)
 
@@ -943,7 +944,7 @@ def test_ten_such_steps_in_a_row_or_too_high_a_rate_leave_the_last_good_checkpoi
     assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] in (10, 20)  # 2, 3 were left out
     monkeypatch.undo()
     with pytest.raises(BadInput, match="smaller --lr"):
-        train.main(["--resume", "--out", str(tmp_path), "--steps", "60", "--lr", "1e10"])
+        train.main(["--resume", "--out", str(tmp_path), "--steps", "60", "--lr", "1e9"])
     checkpoint = train.load_checkpoint(tmp_path / "ckpt.pt")
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
@@ -1106,7 +1107,6 @@ REFUSED = [
     (train, "--data data/memory_book", "data.memory_book.meta.json is missing"),
     (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),
     (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
-    (prepare_data, "shakespear", "shakespear.*shakespeare.*file"),
     (prepare_data, "file nowhere.txt", "no text at 'nowhere.txt'"),
     (prepare_data, "stdlib extra", "a path for file alone"),
     (prepare_data, "shakespeare --max-docs 5", "openwebtext alone"),
