@@ -241,8 +241,8 @@ class GPTConfig:
             raise BadInput(f"unknown pos_emb {self.pos_emb!r}; choose learned, rope or none")
         if not 0 <= self.dropout < 1 or not 1 <= self.rope_base < math.inf:
             raise BadInput("dropout must be in [0, 1), and rope_base at least 1")
-        softmax = any("softmax" in name for name, _ in self.layers)  # it checks both strings
-        if softmax and self.pos_emb == "rope" and self.n_embd // self.n_head % 2:
+        turns = any(getattr(MIXERS[name], "uses_angles", False) for name, _ in self.layers)
+        if turns and self.pos_emb == "rope" and self.n_embd // self.n_head % 2:
             raise BadInput("rotary positions need an even head width n_embd / n_head")
 
     @property
