@@ -268,8 +268,8 @@ def bits_per_byte(loss, meta):
 def parse(config_type, arguments, description, default=tyro.MISSING_NONPROP):
     """A config_type from command-line words; tyro says what is wrong, and exits with status 2."""
     words = sys.argv[1:] if arguments is None else arguments  # also nanoGPT's --flag=True, =False
-    words = [re.sub(r"^(--[\w-]+)=True$", r"\1", word) for word in words]
-    words = [re.sub(r"^--([\w-]+)=False$", r"--no-\1", word) for word in words]
+    words = [re.sub(r"^(--[\w-]+)=(?i:true)$", r"\1", word) for word in words]
+    words = [re.sub(r"^--([\w-]+)=(?i:false)$", r"--no-\1", word) for word in words]
     return tyro.cli(config_type, args=words, description=description, default=default)
 
 

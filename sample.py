@@ -54,7 +54,7 @@ def read_prompt(config):
             return Path(config.prompt_file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{config.prompt_file} is not UTF-8 text") from error
-    return config.prompt
+    return config.prompt.removeprefix("\ufeff")
 
 
 def main(arguments=None):

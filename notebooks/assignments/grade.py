@@ -143,14 +143,14 @@ def autograde(course, names):
     for name, student in hand_ins:
         folder = course / "submitted" / student / name
         source = read(course / "source" / name / f"{name}.ipynb")
-        reason = fault(folder, name, [grade_id(c) for c in source["cells"] if grade_id(c)])
+        try:
+            reason = fault(folder, name, [grade_id(c) for c in source["cells"] if grade_id(c)])
+            if not reason:
+                nbgrader(course, "autograde", name, f"--student={student}", "--force")
+        except Exception as error:  # a hand-in may be anything, and stops no other
+            reason = f"{name}.ipynb: {error!r:.200}"
         if reason:
             failures[name, student] = reason
-            continue
-        try:
-            nbgrader(course, "autograde", name, "--student", student, "--force")
-        except BadInput as error:
-            failures[name, student] = f"{name}.ipynb: {error}"
     rows = []
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
         for name, student in hand_ins:
