@@ -32,15 +32,8 @@ import reproduce  # noqa: E402
 
 from hsm import GPT, BadInput, GPTConfig  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
-from train import (  # noqa: E402
-    TrainConfig,
-    Windows,
-    learning_rate,
-    load_checkpoint,
-    make_optimizer,
-    model_from,
-    train,
-)
+from sample import load  # noqa: E402
+from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -145,7 +138,7 @@ def trained(setting, name, seed):
     if step != config.steps:
         print(f"{config.out} has no finished checkpoint: training it")
         train(replace(config, resume=step is not None))
-    model = model_from(load_checkpoint(Path(config.out) / "ckpt.pt")).eval()
+    model, _ = load(config.out, which="last")
     return model, Windows(config.data, "val", meta, model.config.block_size, CPU)
 
 

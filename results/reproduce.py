@@ -20,7 +20,6 @@ import json
 import math
 import platform
 import sys
-import sysconfig
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +36,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
 
 from hsm import BadInput, GPTConfig  # noqa: E402
-from prepare_data import atomic_write, download, parse, prepare, run  # noqa: E402
+from prepare_data import atomic_write, download, parse, prepare, run, write_stdlib  # noqa: E402
 from train import TrainConfig, get_data, load_checkpoint, train  # noqa: E402
 
 # ---- What is trained: rows, in settings ----------------------------------------------------------
@@ -132,28 +131,20 @@ SAMPLE_URL = (
 SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
 
 
-def write_code(path):
-    """Python's library, its modules in the order of their names' hashes.
+def by_hash(name):
+    """Shuffles the library's modules, the same on each machine.
 
     In the order of the names, training is a seventh codec tables, and validation xml and unittest.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    names = [file.relative_to(root).as_posix() for file in root.rglob("*.py")]
-    with atomic_write(path) as temporary, open(temporary, "wb") as output:
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            source = b"" if left_out & {*name.split("/")} else (root / name).read_bytes()
-            if source.decode("utf-8", "ignore").encode("utf-8") == source:  # a few are in Latin-1
-                output.write(source.replace(b"\r\n", b"\n"))
+    return hashlib.sha256(name.encode()).digest()
 
 
 def data_of(folder):
     """meta of a prepared folder, which is prepared if need be. A stand-in is not taken."""
     folder, text = Path(folder), Path(folder) / "input.txt"
     if folder.name in ("code_byte", "tinystories_sample") and not (folder / "meta.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         if folder.name == "code_byte":
-            text.is_file() or write_code(text)
+            text.is_file() or write_stdlib(text, by_hash)
             prepare("stdlib", tokenizer="byte", folder=folder)
         else:
             text.is_file() or download(SAMPLE_URL, text, SAMPLE_SHA256)
@@ -224,7 +215,6 @@ def write_log(path, head, rows):
     """head, rows, and a checksum of these lines: whole or not at all."""
     lines = "".join(json.dumps(row) + "\n" for row in (head, *rows))
     end = {"rows": len(rows), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, lines + json.dumps(end) + "\n")
 
 

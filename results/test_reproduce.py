@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import reproduce  # noqa: E402
 
 import hsm  # noqa: E402
 import train  # noqa: E402
-from prepare_data import prepare  # noqa: E402
+from prepare_data import prepare, write_stdlib  # noqa: E402
 
 torch.set_num_threads(1)
 LINE = "the quick brown fox jumps over the lazy dog, and nobody knows why it does so.\n"
@@ -205,10 +206,10 @@ def test_every_row_has_the_parameters_of_softmax_within_one_percent(setting):
 def test_code_is_the_library_with_its_modules_shuffled_the_same_each_time(tmp_path):
     names = [tmp_path / "one", tmp_path / "two"]
     for name in names:
-        reproduce.write_code(name)
+        write_stdlib(name, reproduce.by_hash)
     one, two = (name.read_bytes() for name in names)
     assert one == two and len(one) > 10**6
-    modules = [reproduce.sysconfig.get_path("stdlib") + f"/{name}.py" for name in ("abc", "zipapp")]
+    modules = [sysconfig.get_path("stdlib") + f"/{name}.py" for name in ("abc", "zipapp")]
     assert all(Path(module).read_bytes().replace(b"\r\n", b"\n") in one for module in modules)
 
 
