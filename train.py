@@ -411,8 +411,7 @@ def train(config, saved=None):
                 group["lr"] = learning_rate(config, step)
             total = torch.zeros((), device=device)
             for i in range(config.grad_accum):
-                number = step * config.grad_accum + i
-                batch = data.batch(B, config.seed, number, rank, n_ranks)
+                batch = data.batch(B, config.seed, step * config.grad_accum + i, rank, n_ranks)
                 # Several processes average their gradients once a step, with the last batch.
                 more_to_come = n_ranks > 1 and i < config.grad_accum - 1
                 with replica.no_sync() if more_to_come else nullcontext():
