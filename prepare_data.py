@@ -112,12 +112,13 @@ def download(url, path, sha256=""):
             raise BadInput(f"{url} is not the file that we know (its sha256 differs)")
 
 
-def write_stdlib(path, order=None):
-    """Python's own library but for tests, by modules' names, or by order(name), to one file."""
+def write_stdlib(path):
+    """Python's own library but for tests, shuffled by a hash of its modules' names, to one file."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    names = (file.relative_to(root).as_posix() for file in root.rglob("*.py"))
     with atomic_write(path) as temporary, open(temporary, "wb") as output:
-        for name in sorted((f.relative_to(root).as_posix() for f in root.rglob("*.py")), key=order):
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
             source = b"" if left_out & {*name.split("/")} else (root / name).read_bytes()
             if source.decode("utf-8", "ignore").encode("utf-8") == source:  # a few are in Latin-1
                 output.write(source.replace(b"\r\n", b"\n"))
@@ -155,11 +156,10 @@ def text_files(corpus, source, folder, max_docs=0):
     path = folder / "input.txt"
     if path.is_file() and max_docs:
         raise BadInput(f"{path} is there already; delete it to fetch {max_docs} documents")
-    if not path.is_file():
-        if corpus in URLS:
-            download(URLS[corpus], path, SHA256.get(corpus, ""))
-        else:
-            write_stdlib(path) if corpus == "stdlib" else write_openwebtext(path, max_docs)
+    if not path.is_file() and corpus in URLS:
+        download(URLS[corpus], path, SHA256.get(corpus, ""))
+    elif not path.is_file():
+        write_stdlib(path) if corpus == "stdlib" else write_openwebtext(path, max_docs)
     return [path]
 
 

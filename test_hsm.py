@@ -20,6 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,11 @@ import hsm
 import prepare_data
 import sample
 import train
-from hsm import GPT, MIXERS, PAIRS, BadInput, DelayRings, GPTConfig, KVRing, delay, receptive_field
+
+sys.path.append(str(Path(__file__).resolve().parent / "results"))
+import neighbours  # noqa: F401  five more names in MIXERS
+
+from hsm import GPT, MIXERS, PAIRS, BadInput, DelayRings, GPTConfig, delay, receptive_field
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other are far slower
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
@@ -155,20 +160,13 @@ STREAMS = [
 @pytest.mark.parametrize("fields", STREAMS, ids=str)
 @pytest.mark.parametrize("mixers", MODELS)
 def test_streaming_equals_parallel(mixers, fields):
-    model, idx = tiny(mixers, torch.float64, **fields), tokens(2, 50)  # three windows and a bit
+    model, idx = tiny(mixers, torch.float64, n_layer=3, **fields), tokens(2, 35)  # two windows, 3
     with torch.no_grad():
         parallel, _ = model(idx)
-    for sizes in ([50], [1] * 50, [17, 33], random_chunks(50, 0)):
-        difference = (stream(model, idx, sizes) - parallel).abs().max()
+    ways = ([35], None), ([1] * 35, 35), ([17, 18], None), (random_chunks(35, 0), 35)
+    for sizes, max_len in ways:
+        difference = (stream(model, idx, sizes, max_len) - parallel).abs().max()
         assert difference <= 1e-9 * parallel.abs().max()
-
-
-def test_a_stream_told_its_length_takes_memory_for_no_more_and_is_exact_up_to_there():
-    model, idx = tiny("ab,softmax", torch.float64), tokens(1, 12)
-    cache = model.init_cache(1, max_len=12)
-    streamed = torch.cat([model(t, cache=cache)[0] for t in idx.split(1, dim=1)], dim=1)
-    assert torch.allclose(streamed, model(idx)[0], atol=1e-10)
-    assert cache.layers[1].kv.size(3) == 12
 
 
 @torch.no_grad()
@@ -183,8 +181,8 @@ def naive(model, idx, n):
 @pytest.mark.parametrize("pos_emb", ["none", "rope", "learned"])
 @pytest.mark.parametrize("mixers", MODELS)
 def test_greedy_text_is_the_same_with_and_without_the_cache_far_past_block_size(mixers, pos_emb):
-    model, idx = tiny(mixers, torch.float64, pos_emb=pos_emb), tokens(2, 5)
-    assert torch.equal(torch.stack(list(model.generate(idx, 40, 0))), naive(model, idx, 40))
+    model, idx = tiny(mixers, torch.float64, n_layer=3, pos_emb=pos_emb), tokens(2, 15)
+    assert torch.equal(torch.stack(list(model.generate(idx, 30, 0))), naive(model, idx, 30))
 
 
 def test_a_softmax_layer_sees_block_size_tokens_and_no_more():
@@ -197,17 +195,17 @@ def test_a_softmax_layer_sees_block_size_tokens_and_no_more():
 
 @pytest.mark.parametrize("mixers", MODELS)
 @pytest.mark.parametrize("length", [3, 16, 50])
-def test_state_bytes_is_what_a_stream_must_keep(mixers, length):
+def test_state_bytes_is_what_a_stream_keeps_that_is_told_its_length(mixers, length):
     model = tiny(mixers)
-    cache = model.init_cache(2)
+    cache = model.init_cache(2, max_len=length)
     model(tokens(2, length), cache=cache)
-    kept = 0
-    for state in cache.layers:
-        if isinstance(state, KVRing):
-            kept += state.kv[..., : min(length, state.window), :].numel()
-        else:
-            kept += state.rings.numel()
-    assert model.state_bytes(2, length) == 4 * kept
+
+    def kept(state):
+        if isinstance(state, list | tuple):
+            return sum(map(kept, state))
+        return getattr(state, "kv", getattr(state, "rings", state)).numel()
+
+    assert model.state_bytes(2, length) == 4 * kept(cache.layers)
 
 
 # ---- A token as a CUDA graph, and compiled -------------------------------------------------------
@@ -518,7 +516,7 @@ def test_hsm_py_alone_in_an_empty_folder_trains_streams_and_generates(tmp_path):
 # ---- Parameters and initialisation ---------------------------------------------------------------
 SIZES = [
     {"n_layer": 7, "n_head": 4, "n_embd": 64, "block_size": 128},
-    {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+    {"n_layer": 3, "n_head": 12, "n_embd": 768, "block_size": 1024},
 ]
 
 
@@ -529,8 +527,8 @@ def test_every_model_has_a_softmax_models_parameters_within_1_percent(size, more
         with torch.device("meta"):
             return GPT(GPTConfig(mixers=mixers, **size, **more)).num_params()
 
-    for mixers in MODELS:
-        assert abs(n_params(mixers) / n_params("softmax") - 1) < 0.01, mixers
+    sizes = [n_params(mixers) for mixers in ("softmax", *MODELS)]
+    assert all(abs(size / sizes[0] - 1) < 0.01 for size in sizes), sizes
 
 
 @pytest.mark.parametrize("mixers", MODELS)
@@ -555,10 +553,8 @@ def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
     assert drawn(top_p=0.01) == drawn(temperature=0) == {0}
     flat = torch.full((1, 2**16), 0.1)  # float32's sum of these reaches 1 before the end
     seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
-    one, all_of_them = (
-        hsm.sample_token(flat, 1, None, p, g) for p, g in zip((1.0, None), seeds, strict=True)
-    )
-    assert torch.equal(one, all_of_them)
+    tokens = [hsm.sample_token(flat, 1, None, p, seeds.pop()) for p in (1.0, None)]
+    assert torch.equal(*tokens)
 
 
 def test_generate_turns_dropout_off_and_the_models_mode_back_also_when_its_user_stops_early():
@@ -687,13 +683,14 @@ def test_the_same_bytes_are_the_same_tokens_in_a_text_and_in_a_prompt_file(tmp_p
 
 
 def test_two_programs_that_prepare_one_folder_both_end_well_and_delete_nothing_of_others(tmp_path):
-    write(tmp_path / "a.txt", story(20_000)), write(tmp_path / "out" / "thesis.tmp", "mine")
-    words = (HERE / "prepare_data.py", "file", "a.txt", "--out", "out")
-    with train.FileLock(tmp_path / "out" / ".lock"):  # as a third one has it
-        both = [command(*words, cwd=tmp_path) for _ in range(2)]
-        time.sleep(3)
-        assert not list((tmp_path / "out").glob("train.bin*"))
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    text, out = write(tmp_path / "a.txt", story(20_000)), tmp_path / "out"
+    write(out / "thesis.tmp", "mine")
+    with ThreadPoolExecutor() as two:
+        with train.FileLock(out / ".lock"):  # as a third one has it
+            both = [two.submit(prepare_data.prepare, "file", text, folder=out) for _ in range(2)]
+            time.sleep(0.3)
+            assert not list(out.glob("train.bin*"))
+        assert both[0].result() == both[1].result()
     assert prepared_text(tmp_path / "out")[0] == story(20_000)
     assert (tmp_path / "out" / "thesis.tmp").read_text("utf-8") == "mine"
 
@@ -845,9 +842,9 @@ def test_a_run_leaves_checkpoints_log_picture_and_says_what_came_of_it(data, tmp
     assert f"{result.best_loss:.4f} nats a token = {result.best_bpb:.4f} bits a byte" in printed
     assert hsm.layer_table(result.model) in printed
     train.train(small(data, tmp_path))  # a second run keeps the first one
-    previous = tmp_path / "previous"
-    assert train.load_checkpoint(previous / "best.pt")["best_loss"] == result.best_loss
-    assert {"best.pt", "ckpt.pt", "log.jsonl", "loss.png"} == {p.name for p in previous.iterdir()}
+    first = {path.name: path for path in (tmp_path / "previous").iterdir()}
+    assert first.keys() == {"best.pt", "ckpt.pt", "log.jsonl", "loss.png"}
+    assert train.load_checkpoint(first["best.pt"])["best_loss"] == result.best_loss
 
 
 def test_batches_are_the_corpus_one_token_on_and_depend_on_the_seed_and_the_step_alone(data):
@@ -1211,6 +1208,7 @@ def test_the_three_commands_as_a_user_types_them_and_ctrl_c_between(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are closed in another way there")
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["reader", "stdout and stderr"])
 def test_output_that_nobody_takes_costs_no_steps(closed, data, tmp_path):
     words = ("--data", data, "--steps", 100000, "--eval-interval", 1, *TINY)
@@ -1365,7 +1363,7 @@ configurations = st.fixed_dictionaries(
         "n_layer": numbers,
         "n_head": st.integers(0, 3),
         "n_embd": st.sampled_from([0, 1, 2, 6, 12, 13]),
-        "mixers": st.lists(st.sampled_from([*PAIRS, "softmax", "?"]), max_size=3).map(",".join),
+        "mixers": st.lists(st.sampled_from([*MIXERS, "?"]), max_size=3).map(",".join),
         "shifts": st.one_of(
             st.sampled_from(["layer", "heads", "", "1,", "x"]),
             st.lists(numbers, min_size=1, max_size=3).map(lambda s: ",".join(map(str, s))),

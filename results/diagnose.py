@@ -1,23 +1,26 @@
-"""Look into trained models, and at a task whose answer we know; logs, and a picture for each.
+"""Look into trained models, and at a task whose answer we know; logs, a table and pictures.
 
     python results/diagnose.py recall        the value of a key seen before (MQAR, arXiv:2312.04927)
     python results/diagnose.py positions     loss by position in the window: who wins late?
     python results/diagnose.py positions-512 the same in windows of 512 tokens
     python results/diagnose.py taps          what each delayed tap is worth: reach used, not nominal
     python results/diagnose.py all           all of them
-    python results/diagnose.py --table-only  the pictures again, from the logs alone
+    python results/diagnose.py --table-only  table and pictures again, from the logs alone
 
 recall trains small models on made-up sequences, new ones at each step. The others take models of
 the grid (reproduce.py), and train them if their checkpoints are not in out/reproduce. In more
 terminals each takes the next free log.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Literal
 
 import numpy as np
@@ -30,7 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
 import reproduce  # noqa: E402
 
-from hsm import GPT, BadInput, GPTConfig  # noqa: E402
+from hsm import GPT, GPTConfig  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
 from sample import load  # noqa: E402
 from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
@@ -156,24 +159,11 @@ def positions(seed, setting="shakespeare", names=TRAINED):
 
 
 def without(model, taps):
-    """Silence taps, (layer, head) pairs: z = 0 there. Returns the hooks; remove them to undo it."""
-
-    def silence(heads, n_head):
-        def hook(_, inputs):
-            x, z = inputs
-            keep = torch.ones(n_head, dtype=z.dtype)
-            keep[heads] = 0
-            return x, z * keep.repeat_interleave(z.size(-1) // n_head)
-
-        return hook
-
-    hooks = []
-    for layer, block in enumerate(model.blocks):
-        heads = [head for at, head in taps if at == layer]
-        if heads:
-            hook = silence(heads, model.config.n_head)
-            hooks.append(block.mixer.pair.register_forward_pre_hook(hook))
-    return hooks
+    """A copy of a model of `ab` with silent taps, (layer, head) pairs: b = 0 there."""
+    model = copy.deepcopy(model)
+    for layer, head in taps:
+        model.blocks[layer].mixer.pair.b.data[head] = 0
+    return model
 
 
 def taps(seed):
@@ -188,80 +178,75 @@ def taps(seed):
         }
         cuts = [2**i for i in range((config.block_size - 1).bit_length())]
         for shift in tqdm([*cuts, math.inf], desc=name):
-            hooks = without(model, [tap for tap, s in every.items() if s >= shift])
+            cut = without(model, [tap for tap, s in every.items() if s >= shift])
             row = {"model": name, "kind": "from" if shift < math.inf else "none", "shift": shift}
-            yield {**row, "loss": losses(model, windows, starts).mean().item()}
-            for hook in hooks:
-                hook.remove()
+            yield {**row, "loss": losses(cut, windows, starts).mean().item()}
 
 
-# ---- Pictures, from the rows of logs -------------------------------------------------------------
+# ---- A table and pictures, from the rows of logs -------------------------------------------------
 
 
-def draw_recall(rows, figure):
-    """A panel a size: accuracy by steps at 1e-3. Seed 1."""
-    for panel, size in zip(figure.subplots(1, len(SIZES), sharey=True), SIZES, strict=True):
-        for name, (colour, style) in zip(LEARNERS, reproduce.STYLES.values(), strict=False):
-            wanted = {"size": size, "model": name, "lr": 1e-3, "seed": 1}
-            looks = [row for row in rows if wanted.items() <= row.items()]
-            steps, right = ([0, *(row[key] for row in looks)] for key in ("step", "accuracy"))
-            label = f"{name} ({LEARNERS[name]})"
-            panel.plot(steps, right, style, color=colour, label=label, alpha=0.8)
-        panel.set(title=f"{size} pairs", xlabel="steps", ylim=(-0.02, 1.05))
-        panel.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("right values")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+def recall_table(rows):
+    """Median steps to the goal, at the rate where that is lowest; in brackets this rate, seeds."""
+    last, results = {(r["model"], r["size"], r["lr"], r["seed"]): r for r in rows}.values(), {}
+    of_a_rate = itemgetter("model", "size", "lr")
+    for (name, size, lr), runs in groupby(sorted(last, key=of_a_rate), of_a_rate):
+        ends = [(row["step"], row["accuracy"]) for row in runs]
+        steps = median(step if right >= GOAL else math.inf for step, right in ends)
+        right = max(right for _, right in ends)
+        cell = f"{steps:.0f}" if steps < math.inf else f"never: {right:.2f}"
+        cell = (steps, -right, f"{cell} ({lr:g}; {len(ends)})")
+        results[name, size] = min(cell, results.get((name, size), cell))
+    lines = [[f"`{name}`", *(results.get((name, n), "-")[-1] for n in SIZES)] for name in LEARNERS]
+    return reproduce.table(("model", *(f"{size} pairs" for size in SIZES)), *lines)
 
 
 def draw_positions(rows, figure):
     """How far over plain softmax, by context; means over seeds."""
-    panel, by_model = figure.subplots(), {}
+    panel, by_model = octaves(figure, "tokens of context"), {}
     for row in rows:
         spans = by_model.setdefault(row["model"], {})
         spans.setdefault((row["first"], row["last"]), []).append(row["loss"])
     base = next(name for name in ("softmax-100", "softmax-rope") if name in by_model)
-    for name, (colour, style) in zip(by_model, reproduce.STYLES.values(), strict=False):
+    for name, colour in zip(by_model, reproduce.COLOURS.values(), strict=False):
         middle = [(first * last) ** 0.5 for first, last in by_model[name]]
         pairs = zip(by_model[name].values(), by_model[base].values(), strict=True)
         over = [100 * (mean(one) / mean(zero) - 1) for one, zero in pairs]
-        panel.plot(middle, over, style, color=colour, label=name)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.set(xlabel="tokens of context", ylabel=f"loss, % over {base}")
-    panel.grid(alpha=0.3)
+        panel.plot(middle, over, color=colour, label=name)
+    panel.set_ylabel(f"loss, % over {base}")
     panel.legend()
 
 
 def draw_taps(rows, figure):
     """Loss without the taps of a shift or more, and with all (dotted). Seed 1."""
-    panel = figure.subplots()
+    panel = octaves(figure, "all taps of this shift or more silent (dotted: none)")
     for name, colour in zip(TAPPED, ("#0072b2", "#d55e00"), strict=True):
-        kinds = {"none": [], "from": []}
-        for row in rows:
-            if row["model"] == name and row["seed"] == 1 and row["kind"] in kinds:
-                kinds[row["kind"]].append((row["shift"], row["loss"]))
-        panel.plot(*zip(*kinds["from"], strict=True), "o-", color=colour, label=name)
-        panel.axhline(kinds["none"][0][1], color=colour, ls=":")
+        mine = [row for row in rows if (row["model"], row["seed"]) == (name, 1)]
+        cuts = [(row["shift"], row["loss"]) for row in mine if row["kind"] == "from"]
+        panel.plot(*zip(*cuts, strict=True), "o-", color=colour, label=name)
+        panel.axhline(next(r["loss"] for r in mine if r["kind"] == "none"), color=colour, ls=":")
+    panel.set_ylabel("validation loss, nats a character")
+    panel.legend()
+
+
+def octaves(figure, words):
+    """A panel whose axis has a step for each doubling."""
+    panel = figure.subplots()
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.set(xlabel="all taps of this shift or more silent (dotted: none)")
-    panel.set(ylabel="validation loss, nats a character")
+    panel.set_xlabel(words)
     panel.grid(alpha=0.3)
-    panel.legend()
+    return panel
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 LONG = partial(positions, setting="code-512", names=reproduce.PICKS)
-PARTS = {  # name: (log -> how its rows are measured, given the seed; picture; its size)
-    "recall": (
-        {f"{size}.{m}": partial(recall, size, m) for size in SIZES for m in LEARNERS},
-        draw_recall,
-        (14, 4),
-    ),
-    "positions": ({"positions": positions}, draw_positions, (7, 4.5)),
-    "positions-512": ({"positions-512": LONG}, draw_positions, (7, 4.5)),
-    "taps": ({"taps": taps}, draw_taps, (7, 4.5)),
+PARTS = {  # name: (log -> how its rows are measured, given the seed; picture)
+    "recall": ({f"{n}.{name}": partial(recall, n, name) for n in SIZES for name in LEARNERS}, None),
+    "positions": ({"positions": positions}, draw_positions),
+    "positions-512": ({"positions-512": LONG}, draw_positions),
+    "taps": ({"taps": taps}, draw_taps),
 }
 
 
@@ -271,23 +256,18 @@ class DiagnoseConfig:
 
     part: tyro.conf.Positional[Literal[(*PARTS, "all")]] = "all"
     seeds: int = 1  # seeds 1 .. N
-    table_only: bool = False  # measure nothing: draw the pictures from the logs
+    table_only: bool = False  # measure nothing: table and pictures from the logs
     dir: str = str(HERE)  # where logs/ and the pictures lie
     out: str = "out/diagnose"  # where terminals say what they are at
 
-    def __post_init__(self):
-        if self.seeds < 1:
-            raise BadInput(f"seeds must be at least 1, not {self.seeds}")
-
 
 def main(arguments=None):
-    about = "Look into trained models, and at a task whose answer we know."
-    config = parse(DiagnoseConfig, arguments, about)
+    config = parse(DiagnoseConfig, arguments, __doc__.splitlines()[0])
     torch.set_num_threads(1)
     for part in PARTS if config.part == "all" else (config.part,):
-        measures, draw, size = PARTS[part]
-        folder = Path(config.dir) / "logs" / ("recall" if part == "recall" else "diagnose")
-        for seed in () if config.table_only else range(1, config.seeds + 1):
+        measures, draw = PARTS[part]
+        folder = Path(config.dir, "logs", "diagnose" if draw else "recall")
+        for seed in range(1, 1 if config.table_only else 1 + config.seeds):
             for name, measure in measures.items():
                 path = folder / f"{name}.s{seed}.jsonl"
                 with reproduce.claim(Path(config.out) / path.name) as free:
@@ -295,11 +275,15 @@ def main(arguments=None):
                         rows = list(measure(seed=seed))
                         head = {"part": part, "seed": seed, **reproduce.surroundings()}
                         reproduce.write_log(path, head, rows)
-        rows = reproduce.read_rows(folder, [f"{name}.s" for name in measures])
-        if rows:
-            reproduce.save_picture(draw, rows, Path(config.dir) / f"{part}.png", size)
-        else:
+        paths = [path for name in measures for path in sorted(folder.glob(f"{name}.s*.jsonl"))]
+        logs = [log for log in map(reproduce.read_log, paths) if log]
+        rows = [{"seed": head["seed"], **row} for head, rows in logs for row in rows]
+        if not rows:
             print(f"{part}: not yet measured")
+        elif draw:
+            reproduce.save_picture(draw, rows, Path(config.dir) / f"{part}.png", (7, 4.5))
+        elif (page := Path(config.dir) / "README.md").is_file():
+            reproduce.fill(page, "recall", recall_table(rows))
 
 
 if __name__ == "__main__":

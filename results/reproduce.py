@@ -4,12 +4,11 @@
     python results/reproduce.py                 train what is missing: many hours (README.md here)
     python results/reproduce.py --corpora code --only linrec window --seeds 1
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
-    python results/reproduce.py --again results/logs/cpu/code.ab-in.4000.s1.jsonl
-                                                train once more what a log says; the same numbers?
 
 A run is one call of train.py's train(). At its end its curve goes to logs/cpu/RUN.jsonl: a line
 that says what was trained, a line an evaluation, and a line with a checksum of the rest. A log that
 is whole and of the configuration asked for is never made again; any other is named and made anew.
+To check a log, delete it and train that run: git diff shows the same losses, to the bit.
 Ctrl-C loses nothing, a power cut at most the steps since the last evaluation: the same command goes
 on. On a machine with more cores, start it in more terminals; each takes the next free run.
 """
@@ -19,10 +18,11 @@ import inspect
 import json
 import math
 import platform
+import re
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -34,16 +34,17 @@ from filelock import FileLock, Timeout
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
+from bench import device_name  # noqa: E402
 
 from hsm import BadInput, GPTConfig  # noqa: E402
-from prepare_data import atomic_write, download, parse, prepare, run, write_stdlib  # noqa: E402
+from prepare_data import atomic_write, download, parse, prepare, run  # noqa: E402
 from train import TrainConfig, get_data, load_checkpoint, train  # noqa: E402
 
 # ---- What is trained: rows, in settings ----------------------------------------------------------
 
 MAPS = {"in_proj": True, "n_head": 8}  # HSM between two linear maps, all shifts in each layer
 DEEP = {"proj": False, "layers": 9}  # HSM without a map; what that saves is 9 layers in place of 7
-ROWS = {  # fields of GPTConfig; recipe 2 had more, and --again trains what its logs say
+ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables, too
     "softmax-100": {"mixers": "softmax", "rope_base": 100.0},
     "hybrid-deep": {"mixers": "vec,vec,softmax", **DEEP},
     "shift-softmax": {"mixers": "shift-softmax"},
@@ -92,74 +93,48 @@ class Setting:
     seeds: int = 3
 
 
-CPU = TrainConfig(
-    model=GPTConfig(vocab_size=0, block_size=128, n_layer=7, n_head=4, n_embd=64),
-    steps=4000,
-    lr=4e-3,
-    eval_interval=400,
-    sample_tokens=0,
-    device="cpu",
-    dtype="float32",
-    threads=1,
-)
-# Python's library with its modules shuffled, all of the validation text at each evaluation.
-CODE = replace(CPU, data="data/code_byte", eval_interval=1000, eval_tokens=10**7)
-
-
-def resized(config, **fields):
-    return replace(config, model=replace(config.model, **fields))
-
-
-SETTINGS = {
-    "code": Setting(CODE, GRID),
-    "tinystories": Setting(replace(CPU, data="data/tinystories_sample"), GRID),
-    "code-512": Setting(resized(replace(CODE, batch_size=4), block_size=512), PICKS),
-    "code-1000": Setting(replace(CODE, steps=1000), PICKS),
-    "code-8000": Setting(replace(CODE, steps=8000), PICKS),
-    "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
-    "code-32": Setting(resized(CODE, n_embd=32, n_layer=5), PICKS),  # depth as the root of the
-    "code-128": Setting(resized(CODE, n_embd=128, n_layer=10), PICKS),  # width: 5, 7, 10 layers
-    "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
-    "stdlib": Setting(replace(CPU, data="data/stdlib_byte"), ()),  # recipe 2's: modules by name
-}
-
+SHAPE = GPTConfig(vocab_size=0, block_size=128, n_layer=7, n_head=4, n_embd=64)
+COMMON = {"steps": 4000, "lr": 4e-3, "eval_interval": 400, "sample_tokens": 0}
+CPU = TrainConfig(SHAPE, **COMMON, device="cpu", threads=1)
+# Python's library, all of the validation text at each evaluation.
+CODE = replace(CPU, data="data/stdlib_byte", eval_interval=1000, eval_tokens=10**7)
 # TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
+SAMPLE = "data/tinystories_sample"
 SAMPLE_URL = (
     "https://raw.githubusercontent.com/mines-opt-ml/decoding-gpt/"
     "79274e31fe66ed5cf23be815bf51dc63a4ca57a6/data/tinystories_10k.txt"
 )
 SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
-
-
-def by_hash(name):
-    """Shuffles the library's modules, the same on each machine.
-
-    In the order of the names, training is a seventh codec tables, and validation xml and unittest.
-    """
-    return hashlib.sha256(name.encode()).digest()
+LONG = replace(SHAPE, block_size=512)
+SMALL = replace(SHAPE, n_embd=32, n_layer=5)  # depth as the root of the width
+LARGE = replace(SHAPE, n_embd=128, n_layer=10)
+SETTINGS = {
+    "code": Setting(CODE, GRID),
+    "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
+    "code-512": Setting(replace(CODE, batch_size=4, model=LONG), PICKS),
+    "code-1000": Setting(replace(CODE, steps=1000), PICKS),
+    "code-8000": Setting(replace(CODE, steps=8000), PICKS),
+    "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
+    "code-32": Setting(replace(CODE, model=SMALL), PICKS),
+    "code-128": Setting(replace(CODE, model=LARGE), PICKS),
+    "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
+}
 
 
 def data_of(folder):
     """meta of a prepared folder, which is prepared if need be. A stand-in is not taken."""
-    folder, text = Path(folder), Path(folder) / "input.txt"
-    if folder.name in ("code_byte", "tinystories_sample") and not (folder / "meta.json").is_file():
-        if folder.name == "code_byte":
-            text.is_file() or write_stdlib(text, by_hash)
-            prepare("stdlib", tokenizer="byte", folder=folder)
-        else:
-            text.is_file() or download(SAMPLE_URL, text, SAMPLE_SHA256)
-            prepare("tinystories", tokenizer="char", folder=folder)
+    text = Path(folder, "input.txt")
+    if folder == SAMPLE and not text.with_name("meta.json").is_file():
+        text.is_file() or download(SAMPLE_URL, text, SAMPLE_SHA256)
+        prepare("tinystories", tokenizer="char", folder=folder)
     found, meta = get_data(folder)
-    if Path(found) != folder:
+    if Path(found) != Path(folder):
         raise BadInput(f"{folder} is not there, and a run on {found} would not be the same")
     return meta
 
 
 # ---- A run and its log ---------------------------------------------------------------------------
 
-# Grows when the code changes what a configuration gives, so that no log or checkpoint from before
-# is taken for a new one. 3 gives the numbers of 2 (--again shows it) and has other settings, too.
-RECIPE, COUNTED = 3, (2, 3)
 # Fields of TrainConfig that do not make another run of it.
 ELSEWHERE = {"out", "data", "resume", "sample_tokens", "device", "dtype", "compile", "fast"}
 ELSEWHERE |= {"threads"}
@@ -169,26 +144,24 @@ def describe(config):
     """What a log must say to be this run's: all that the numbers depend on but the data."""
     fields = asdict(config)
     model = fields.pop("model") | {"vocab_size": 0}
-    fields = {name: value for name, value in fields.items() if name not in ELSEWHERE}
-    return {"recipe": RECIPE, "model": model, "train": fields}
+    return {"model": model, "train": {k: v for k, v in fields.items() if k not in ELSEWHERE}}
 
 
-def is_of(config, model, train, recipe=RECIPE):
+def is_of(config, model, train):
     """Whether these fields are the run's; one that is not there has its default."""
     try:
-        other = TrainConfig(model=GPTConfig(**model), **train)
-    except (TypeError, ValueError):
+        return describe(TrainConfig(model=GPTConfig(**model), **train)) == describe(config)
+    except (TypeError, ValueError):  # a field that is no more, or out of its range
         return False
-    return recipe in COUNTED and describe(other) == describe(config)
 
 
 def saved_step(config):
     """The step of a whole checkpoint of just this run, or None."""
     try:
-        saved = load_checkpoint(Path(config.out) / "ckpt.pt")
+        saved = load_checkpoint(Path(config.out, "ckpt.pt"))
     except BadInput:
         return None
-    return saved["step"] if is_of(config, saved["config"], saved.get("train")) else None
+    return saved["step"] if is_of(config, saved["config"], saved["train"]) else None
 
 
 def make_run(setting, row, seed, out="out/reproduce"):
@@ -211,6 +184,11 @@ def make_runs(settings=(), rows=(), seeds=0, out="out/reproduce"):
     ]
 
 
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+
 def write_log(path, head, rows):
     """head, rows, and a checksum of these lines: whole or not at all."""
     lines = "".join(json.dumps(row) + "\n" for row in (head, *rows))
@@ -219,54 +197,30 @@ def write_log(path, head, rows):
 
 
 def read_log(path, of=None):
-    """(head, rows) of a log that is whole and of that run, if one is named; else None, and why."""
-    try:
-        *lines, last = path.read_bytes().splitlines(keepends=True)
-        head, *rows = map(json.loads, lines)
-        whole = json.loads(last)["sha256"] == hashlib.sha256(b"".join(lines)).hexdigest()
-    except FileNotFoundError:
+    """(head, rows) of a log that is whole and, if a run is named, of that run; else None."""
+    if not path.is_file():
         return None
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    *lines, end = path.read_bytes().splitlines(keepends=True) or [b""]
+    if hashlib.sha256(b"".join(lines)).hexdigest().encode() not in end:
         print(f"warning: {path.name} is damaged: not counted; it is to be made again")
-    elif of and not is_of(of, head["model"], head["train"], head["recipe"]):
+        return None
+    head, *rows = map(json.loads, lines)
+    if of and not is_of(of, head["model"], head["train"]):
         print(f"warning: {path.name} is of another configuration: not counted")
-    else:
-        return head, rows
-    return None
-
-
-def read_rows(folder, beginnings=("",)):
-    """Rows of all logs in folder whose names begin so, each with its log's seed."""
-    paths = (path for path in sorted(folder.glob("*")) if path.name.startswith(tuple(beginnings)))
-    logs = [log for log in map(read_log, paths) if log]
-    return [{"seed": head["seed"], **row} for head, rows in logs for row in rows]
-
-
-def write_text(path, text):
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+        return None
+    return head, rows
 
 
 def surroundings():
     """What the numbers of a log may depend on besides the configuration."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return {
-        "device": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    facts = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    facts |= {"torch": torch.__version__, "python": platform.python_version()}
+    return facts | {"date": date.today().isoformat()}
 
 
 @contextmanager
 def claim(path):
     """Yields whether this process may have path: False while another one has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{path}.lock", timeout=0):
             yield True
@@ -298,61 +252,38 @@ def train_all(runs, folder):
     return 0
 
 
-def again(path, out):
-    """Train what a log says once more; 0 if all losses are the log's to the bit, else 1."""
-    head, rows = read_log(path)
-    data = SETTINGS[head["run"].rsplit(".", 3)[0].split("-lr-")[0]].config.data
-    if data_of(data)["sha256"] != head["data"]["sha256"]:
-        raise BadInput(f"{data} is not the text that {path.name} was made with")
-    config = replace(CPU, model=GPTConfig(**head["model"]), **head["train"])
-    result = train(replace(config, data=data, out=str(Path(out) / f"again-{path.stem}")))
-    for old, new in zip(rows, result.history, strict=True):
-        for key in ("step", "train_loss", "val_loss"):
-            if old[key] != new[key]:
-                print(f"{path.name}, step {old['step']}: {key} was {old[key]}, is {new[key]}")
-                print(f"(the log is of {head['device']}, this is {surroundings()['device']})")
-                return 1
-    print(f"{path.name}: all {len(rows)} evaluations are the same to the bit")
-    return 0
-
-
-# ---- Tables. models: row -> losses at the last step, a seed each; logs: setting -> models --------
+# ---- Tables. logs: setting -> row -> [(head, rows), ..], a seed each; losses: row -> its seeds'
 
 PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
-RANDOM = "ab-in-random"  # a row of recipe 2 whose shifts were other ones for each seed
 TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib", "tinystories")
-HYBRIDS = ("deep", "short", "2nd", "3rd", "middle", "last")
+NAMES = {
+    "softmax-learned": "GPT-2's softmax: learned positions",
+    "softmax-rope": "softmax, rotary positions, base 10,000",
+    "softmax-100": "softmax, rotary positions, base 100",
+    "shift-softmax": "softmax with a shift of one token inside",
+    "shift-softmax-100": "the same, base 100",
+    "ab-in": "HSM alone",
+    "linrec": "a gated linear recurrence alone",
+    "hybrid-deep": "HSM and softmax",
+    "hybrid-shift": "HSM and softmax with the shift",
+}
+RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
+HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
-    "found": (
-        TEXTS,
-        {
-            "softmax-learned": "GPT-2's softmax: learned positions",
-            "softmax-rope": "softmax, rotary positions, base 10,000",
-            "softmax-100": "softmax, rotary positions, base 100",
-            "shift-softmax": "softmax with a shift of one token inside",
-            "shift-softmax-100": "the same, base 100",
-            "ab-in": "HSM alone",
-            "linrec": "a gated linear recurrence alone",
-            "hybrid-deep": "HSM and softmax",
-            "hybrid-shift": "HSM and softmax with the shift",
-        },
-    ),
+    "found": (TEXTS, NAMES),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
-    "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", RANDOM)),
-    "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *(f"hybrid-{x}" for x in HYBRIDS))),
+    "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
+    "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
 
 
 def read_logs(folder):
-    """setting -> row -> [(head, rows), ..], a seed each; recipe 2's trials and rates as well."""
+    """All logs that are whole and of the configuration that their names say."""
     logs = {}
-    paths = [path for name in ("cpu", "tried", "sweep") for path in (folder / name).glob("*.jsonl")]
-    for path in sorted(paths, key=lambda path: path.name):
-        setting, row, steps, seed = path.stem.rsplit(".", 3)
+    for path in sorted(folder.glob("*.jsonl")):
+        setting, row, _, seed = path.stem.rsplit(".", 3)
         known = setting in SETTINGS and row in SETTINGS[setting].rows
-        log = read_log(path, make_run(setting, row, int(seed[1:])) if known else None)
-        if log:
-            setting += f"-{steps}" if steps == "1000" and "-lr-" in setting else ""
+        if log := read_log(path, make_run(setting, row, int(seed[1:])) if known else None):
             logs.setdefault(setting, {}).setdefault(row, []).append(log)
     return logs
 
@@ -370,39 +301,34 @@ def t95(df):
 
 
 def spread(losses):
-    """How far a row's seeds lie from their mean, in %: pooled over rows, and degrees of freedom.
-
-    losses: row -> its seeds' losses. Without the row whose shifts differ by seed.
-    """
-    groups = [np.array(values) for name, values in losses.items() if name != RANDOM]
+    """How far a row's seeds lie from their mean, in %: pooled over rows, and degrees of freedom."""
+    groups = [np.array(values) for values in losses.values()]
     df = sum(len(group) - 1 for group in groups)
     squares = sum(((100 * (group / group.mean() - 1)) ** 2).sum() for group in groups)
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
 
 
-def over(losses, name, base):
+def plain(losses):
+    """The best plain softmax of a setting, by which others are measured, or None."""
+    return min({*PLAIN} & {*losses}, key=lambda name: mean(losses[name]), default=None)
+
+
+def over(losses, name, base=None):
     """How much higher row name's loss is than base's: "+1.23 ± 0.45 (3)", in %; in brackets seeds.
 
-    The interval is t s sqrt(1/n1 + 1/n2), 95%, with the pooled spread s of all rows; seeds are
-    independent. One seed of either gets none, and allows no claim.
+    base: by default the best plain softmax. The interval is t s sqrt(1/n1 + 1/n2), 95%, with the
+    pooled spread s of all rows; seeds are independent. One seed of either gets none, and allows no
+    claim.
     """
+    base = base or plain(losses)
     if not {name, base} <= {*losses} or name == base:
         return "0" if name == base else "-"
     one, other = losses[name], losses[base]
     text = f"{100 * (mean(one) / mean(other) - 1):+.2f}"
-    s, df = spread(losses)
-    if min(len(one), len(other)) > 1 and name != RANDOM:
+    if min(len(one), len(other)) > 1:
+        s, df = spread(losses)
         text += f" ± {t95(df) * s * math.sqrt(1 / len(one) + 1 / len(other)):.2f}"
     return f"{text} ({len(one)})"
-
-
-def plain(losses):
-    """The best plain softmax of a setting, by which others are measured, or None.
-
-    One seed is only taken where no plain softmax has more.
-    """
-    there = {*PLAIN} & {*losses}
-    return min(there, key=lambda name: (len(losses[name]) < 2, mean(losses[name])), default=None)
 
 
 def table(*rows):
@@ -412,28 +338,26 @@ def table(*rows):
 
 
 def marked_table(logs, texts, names, base=None):
-    """A row a model, a column a text: % over base or else the best plain rotary softmax."""
-    settings, rows = [logs.get(text, {}) for text in texts], []
+    """A row a model, a column a text: % over base or else the best plain softmax."""
+    settings, rows = [logs.get(text, {}) for text in texts], [("model", "row", *texts)]
     for name in names:
         heads = [models[name][0][0] for models in settings if name in models]
-        words = differs(heads[0]["model"]) if heads else "-"
-        words = names[name] if isinstance(names, dict) else words
-        cells = (over(losses, name, base or plain(losses)) for losses in map(ends, settings))
+        words = names[name] if names is NAMES else differs(heads[0]["model"]) if heads else "-"
+        cells = (over(ends(models), name, base) for models in settings)
         rows.append((words, f"`{name}`", *cells))
-    return table(("model", "row", *texts), *rows)
+    return table(*rows)
 
 
 def quick_table(folder, models):
     """The quick preset's models after its steps, and the same after longer runs. Seed 1."""
     rows = [("layers", "loss after 1,700 steps", "seconds", "loss after 4,000 steps")]
-    for name, row in (("hybrid", "3rd-plain"), ("ab", "ab"), ("softmax", "softmax-rope")):
-        path = folder / f"quick_{name}.jsonl"
-        if path.is_file() and row in models:
-            end = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    for row in ("3rd-plain", "ab", "softmax-rope"):
+        path = folder / f"quick.{row}.jsonl"
+        if row in models:
             (head, long), *_ = models[row]
-            layers = f"`{head['model']['mixers']}`"
-            loss = f"{long[-1]['val_loss']:.3f}"
-            rows.append((layers, f"{end['val_loss']:.3f}", f"{end['elapsed_s']:.0f}", loss))
+            short = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+            cells = f"{short['val_loss']:.3f}", f"{short['elapsed_s']:.0f}"
+            rows.append((f"`{head['model']['mixers']}`", *cells, f"{long[-1]['val_loss']:.3f}"))
     return table(*rows)
 
 
@@ -441,85 +365,56 @@ def differs(fields):
     """In words, how a log's GPTConfig differs from the grid's usual one; the mixers come first."""
     words = [fields["mixers"].replace(",", ", ")]
     for name, value in fields.items():
-        if name not in ("mixers", "block_size") and value != getattr(CPU.model, name):
+        if name not in ("mixers", "block_size") and value != getattr(SHAPE, name):
             words.append(f"{name} {value}")
     return "; ".join(words)
 
 
 def setting_section(setting, models):
     """A heading, what was run, and a row a model, the lowest loss first."""
-    losses, rows = ends(models), []
-    (s, df), base = spread(losses), plain(losses)
+    losses = ends(models)
+    columns = ("row", "model", "parameters", "rate", "seeds", "loss, nats a token", "bits a byte")
+    rows, (s, df) = [(*columns, f"% over `{plain(losses)}`")], spread(losses)
     for name in sorted(models, key=lambda name: mean(losses[name])):
         (head, _), *_ = models[name]
         last = [rows[-1] for _, rows in models[name]]
         row = (f"`{name}`", differs(head["model"]), f"{head['parameters']:,}", head["train"]["lr"])
         row += (len(last), f"{mean(losses[name]):.4f}", f"{mean(r['val_bpb'] for r in last):.4f}")
-        minutes = mean(r["elapsed_s"] for r in last) / 60
-        rows.append((*row, over(losses, name, base), f"{minutes:.0f}"))
+        rows.append((*row, over(losses, name)))
     T, fields = head["model"]["block_size"], head["train"]
     about = f"T = {T}, {fields['steps']:,} steps of {fields['batch_size']} windows."
     about += f" Spread of a row's seeds: {s:.2f}%, {df} degrees of freedom." if df else ""
-    columns = ("row", "model", "parameters", "rate", "seeds", "loss, nats a token", "bits a byte")
-    columns += (f"% over `{base}`", "minutes")
-    return [f"## {setting}", "", about, "", *table(columns, *rows)]
-
-
-def recall_table(rows):
-    """Median steps to 99% right, at the rate where that is lowest; in brackets this rate, seeds."""
-    runs = {}  # model -> pairs -> rate -> seed -> its last step and accuracy
-    for row in rows:
-        sizes = runs.setdefault(row["model"], {})
-        rates = sizes.setdefault(row["size"], {})
-        rates.setdefault(row["lr"], {})[row["seed"]] = row["step"], row["accuracy"]
-    columns, lines = sorted({row["size"] for row in rows}), []
-    for name, sizes in runs.items():
-        cells = []
-        for size in columns:
-            results = []
-            for lr, last in sizes.get(size, {}).items():
-                steps = [step if right >= 0.99 else math.inf for step, right in last.values()]
-                results.append((np.median(steps), -max(r for _, r in last.values()), lr, len(last)))
-            steps, wrong, lr, n = min(results, default=(0, 0, 0, 0))
-            never = f"never: {-wrong:.2f} ({n})" if n else "-"
-            cells.append(f"{steps:.0f} ({lr:g}; {n})" if 0 < steps < math.inf else never)
-        lines.append((f"`{name}`", *cells))
-    return table(("model", *(f"{size} pairs" for size in columns)), *lines)
+    return [f"## {setting}", "", about, "", *table(*rows)]
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-STYLES = {  # colours that colour-blind eyes tell apart
-    "shift-softmax-100": ("#000000", "-"),
-    "shift-softmax": ("#8c8c8c", "-"),
-    "ab-in": ("#0072b2", "-"),
-    "linrec": ("#009e73", "--"),
-    "hybrid-deep": ("#d55e00", "-"),
-    "hybrid-shift": ("#e69f00", "-"),
+COLOURS = {  # that colour-blind eyes tell apart
+    "shift-softmax-100": "#000000",
+    "shift-softmax": "#8c8c8c",
+    "ab-in": "#0072b2",
+    "linrec": "#009e73",
+    "hybrid-deep": "#d55e00",
+    "hybrid-shift": "#e69f00",
 }
 
 
 def draw_lead(logs, figure):
     """A panel a text: how far over plain softmax, by steps; dots: runs of other lengths."""
-    bases = {text: plain(ends(logs.get(text, {}))) for text in TEXTS}
-    bases = {text: base for text, base in bases.items() if base}
-    panels = np.atleast_1d(figure.subplots(1, len(bases)))
-    for panel, (text, base) in zip(panels, bases.items(), strict=True):
-        for name, (colour, style) in STYLES.items():
-            for setting, mark in ((text, style), (f"{text}-1000", "o"), (f"{text}-8000", "o")):
-                models = logs.get(setting, {})
-                if {name, base} <= {*models}:
-                    one, zero = mean_curve(models[name]), mean_curve(models[base])
-                    lead = [(step, 100 * (one[step] / zero[step] - 1)) for step in one if step]
-                    xs, ys = zip(*(lead if setting == text else lead[-1:]), strict=True)
-                    panel.plot(xs, ys, mark, color=colour, label=name if mark == style else None)
+    for panel, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
+        base = plain(ends(logs.get(text, {})))
+        for setting, mark in ((text, "-"), (f"{text}-1000", "o"), (f"{text}-8000", "o")):
+            curves = {name: mean_curve(models) for name, models in logs.get(setting, {}).items()}
+            for name in [name for name in COLOURS if {name, base} <= {*curves}]:
+                steps = [step for step in curves[base] if step][-1 if mark == "o" else 0 :]
+                lead = [100 * (curves[name][step] / curves[base][step] - 1) for step in steps]
+                panel.plot(steps, lead, mark, color=COLOURS[name], label=name)
         panel.axhline(0, color="grey", lw=1)
-        panel.set(title=f"{text} (0: {base})", xlabel="steps")
+        panel.set(title=f"{text} (0: {base})", xlabel="steps", ylabel="% over plain softmax")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("% over plain softmax, mean of seeds")
-    labels = {line.get_label(): line for panel in panels for line in panel.get_lines()}
-    labels = {name: labels[name] for name in STYLES if name in labels}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6)
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
+    names = [name for name in COLOURS if name in lines]
+    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=6)
 
 
 def mean_curve(logs):
@@ -545,14 +440,6 @@ def save_picture(draw, data, path, size):
 
 # ---- The command ---------------------------------------------------------------------------------
 
-HEAD = """# The grid
-
-Written by `python results/reproduce.py --table-only` from the logs. Losses are those of the last
-step, over the validation text, means over seeds. Intervals are 95%: t s sqrt(1/n1 + 1/n2), where s
-is the spread of seeds around their row's mean, pooled over the setting's rows; in brackets the
-number of seeds. One seed gets no interval, and allows no claim.
-"""
-
 
 @dataclass
 class ReproduceConfig:
@@ -565,50 +452,48 @@ class ReproduceConfig:
     out: str = "out/reproduce"  # where runs keep their checkpoints
     table_only: bool = False  # train nothing
     list: bool = False  # show the runs and how far each is, and do nothing
-    again: str = ""  # a log: train this once more, and compare
 
 
-def between_marks(path, name, lines):
+def fill(page, name, lines):
     """Put lines between the page's <!-- name --> and <!-- /name -->, if it has such marks."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin in text and end in text:
-        before, after = text.split(begin)[0], text.split(end)[1]
-        write_text(path, "\n".join([f"{before}{begin}", "", *lines, f"{end}{after}"]))
+    text, lines = page.read_text(encoding="utf-8"), "\n".join(["", *lines, ""])
+    marks = rf"(<!-- {name} -->\n).*(<!-- /{name} -->)"
+    write_text(page, re.sub(marks, lambda found: found[1] + lines + found[2], text, flags=re.S))
 
 
 def write_tables(folder):
     """table.md, the pages' tables and the picture, from the logs in folder/logs."""
-    logs = read_logs(folder / "logs")
-    order = [*(name for name in SETTINGS if name in logs), *sorted(set(logs) - set(SETTINGS))]
-    lines = [line for name in order for line in setting_section(name, logs[name])]
-    write_text(folder / "table.md", "\n".join([HEAD, *lines]).rstrip() + "\n")
+    logs = read_logs(folder / "logs" / "cpu")
+    lines = [
+        "# The grid",
+        "",
+        "By `python results/reproduce.py --table-only`, from the logs. Losses",
+    ]
+    lines += ["of the last step, means over seeds; README.md says what the intervals are.", ""]
+    lines += [line for name in logs for line in setting_section(name, logs[name])]
+    write_text(folder / "table.md", "\n".join(lines))
     if any(plain(ends(logs.get(text, {}))) for text in TEXTS):
         save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
-        for page in (folder / "README.md", folder.parent / "README.md"):
-            for name, what in MARKS.items():
-                between_marks(page, name, marked_table(logs, *what))
-            between_marks(page, "recall", recall_table(read_rows(folder / "logs" / "recall")))
-            between_marks(page, "quick", quick_table(folder / "logs", logs.get("shakespeare", {})))
+    for page in filter(Path.is_file, (folder / "README.md", folder.parent / "README.md")):
+        for name, what in MARKS.items():
+            fill(page, name, marked_table(logs, *what))
+        fill(page, "quick", quick_table(folder / "logs", logs.get("shakespeare", {})))
 
 
 def main(arguments=None):
     config = parse(ReproduceConfig, arguments, "Train the grid of models; write its tables.")
-    folder, logs = Path(config.dir), Path(config.dir) / "logs" / "cpu"
+    folder, logs = Path(config.dir), Path(config.dir, "logs", "cpu")
     runs = make_runs(config.corpora, config.only, config.seeds, config.out)
     torch.set_num_threads(1)  # small models: a core each, and the same sums everywhere
-    if config.again:
-        return again(Path(config.again), config.out)
     if config.list:
         for each in runs:
-            done = read_log(logs / f"{Path(each.out).name}.jsonl", each)
-            state = "done" if done else f"at step {saved_step(each) or 0}"
-            print(f"{Path(each.out).name}: {state}")
+            name = Path(each.out).name
+            print(f"{name}: {'done' if read_log(logs / f'{name}.jsonl', each) else 'to do'}")
         return 0
-    stopped_by = 0 if config.table_only else train_all(runs, logs)
-    if not stopped_by:
-        write_tables(folder)
-    return stopped_by and 128 + stopped_by  # as shells count
+    if not config.table_only and (stopped_by := train_all(runs, logs)):
+        return 128 + stopped_by  # as shells count
+    write_tables(folder)
+    return 0
 
 
 if __name__ == "__main__":

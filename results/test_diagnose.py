@@ -44,21 +44,30 @@ def test_a_learner_is_measured_until_it_is_right_or_the_steps_are_over(monkeypat
     assert list(diagnose.learn(4, "ab", 1e-3, seed=1)) == [(3, 0.995)]
 
 
-def test_a_silent_tap_is_a_head_whose_b_is_zero_and_without_all_a_token_sees_itself_alone():
+def test_a_silent_tap_adds_nothing_and_without_all_of_them_a_token_sees_itself_alone():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=8)).eval()
     idx = torch.randint(11, (2, 16))
-    whole = model(idx)[0]
-    hooks = diagnose.without(model, [(1, 1)])
-    silent = model(idx)[0]
-    for hook in hooks:
-        hook.remove()
+    whole, silent = model(idx)[0], diagnose.without(model, [(1, 1)])(idx)[0]
+    x, z = torch.randn(2, 1, 1, 8)
+    pair = diagnose.without(model, [(1, 1)]).blocks[1].mixer.pair
+    assert torch.equal(pair(x, z)[..., 4:], pair(x, 0 * z)[..., 4:])
     assert torch.equal(model(idx)[0], whole) and not torch.allclose(silent, whole)
-    with torch.no_grad():
-        model.blocks[1].mixer.pair.b[1] = 0
-    assert torch.allclose(model(idx)[0], silent)
-    diagnose.without(model, [(layer, head) for layer in range(3) for head in range(2)])
-    assert torch.allclose(model(idx)[0][:, -1], model(idx[:, -1:])[0][:, -1], atol=1e-6)
+    deaf = diagnose.without(model, [(layer, head) for layer in range(3) for head in range(2)])
+    assert torch.allclose(deaf(idx)[0][:, -1], deaf(idx[:, -1:])[0][:, -1], atol=1e-6)
+
+
+def test_recall_is_told_by_the_median_seed_at_the_best_rate():
+    ends = {1e-3: [(300, 1.0), (900, 1.0), (2000, 0.5)], 2e-3: [(400, 1.0), (500, 1.0), (600, 1.0)]}
+    rows = [
+        {"model": "ab", "size": 4, "lr": lr, "seed": seed, "step": step, "accuracy": right}
+        for lr, last in ends.items()
+        for seed, end in enumerate(last)
+        for step, right in ((50, 0.1), end)
+    ]
+    assert "| `ab` | 500 (0.002; 3) | - | - | - |" in diagnose.recall_table(rows)
+    never = [row for row in rows if row["accuracy"] < 1]
+    assert "| `ab` | never: 0.50 (0.001; 3) | - | - | - |" in diagnose.recall_table(never)
 
 
 @pytest.mark.parametrize("part", ["positions", "taps"])
