@@ -985,7 +985,7 @@ def test_train_prepares_its_corpus_from_input_txt_but_makes_no_folder_elsewhere(
     assert prepare_data.read_meta(folder)["corpus"] == "shakespeare"
     monkeypatch.chdir(tmp_path / "elsewhere")
     line = refused(capsys, train, "--resume", "--out", tmp_path / "out", "--steps", 14)
-    assert "no data/shakespeare_char here" in line
+    assert "no data/shakespeare_char here; go where it is" in line
     line = refused(capsys, train, "--data", "shakespeare_char")
     assert "--data data/shakespeare_char prepares itself" in line
     assert not list(Path().iterdir())

@@ -208,7 +208,8 @@ def get_data(folder, is_prepared=False):
     if (folder / "meta.json").is_file() or folder.name not in prepare_data.FOLDERS:
         return folder, read_meta(folder)
     if is_prepared or folder.parent.name != "data":
-        raise BadInput(f"no {folder} here: go to it (--data data/{folder.name} prepares itself)")
+        way = "go where it is" if is_prepared else f"--data data/{folder.name} prepares itself"
+        raise BadInput(f"there is no {folder} here; {way}")
     try:
         print(f"{folder} is not prepared yet; preparing it")
         return folder, prepare_data.prepare(corpus, tokenizer=tokenizer, folder=folder)
