@@ -37,7 +37,7 @@ import neighbours  # noqa: E402, F401
 from bench import device_name  # noqa: E402
 
 from hsm import BadInput, GPTConfig  # noqa: E402
-from prepare_data import atomic_write, download, parse, prepare, run  # noqa: E402
+from prepare_data import GITHUB, atomic_write, download, parse, prepare, run  # noqa: E402
 from train import TrainConfig, get_data, load_checkpoint, train  # noqa: E402
 
 # ---- What is trained: rows, in settings ----------------------------------------------------------
@@ -100,10 +100,8 @@ CPU = TrainConfig(SHAPE, **COMMON, device="cpu", threads=1)
 CODE = replace(CPU, data="data/stdlib_byte", eval_interval=1000, eval_tokens=10**7)
 # TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
 SAMPLE = "data/tinystories_sample"
-SAMPLE_URL = (
-    "https://raw.githubusercontent.com/mines-opt-ml/decoding-gpt/"
-    "79274e31fe66ed5cf23be815bf51dc63a4ca57a6/data/tinystories_10k.txt"
-)
+COMMIT = "79274e31fe66ed5cf23be815bf51dc63a4ca57a6"
+SAMPLE_URL = f"{GITHUB}/mines-opt-ml/decoding-gpt/{COMMIT}/data/tinystories_10k.txt"
 SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
 LONG = replace(SHAPE, block_size=512)
 SMALL = replace(SHAPE, n_embd=32, n_layer=5)  # depth as the root of the width
@@ -272,6 +270,7 @@ HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": (TEXTS, NAMES),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
+    "lengths": (("code", "code-512", "code-1000", "code-8000"), PICKS),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
