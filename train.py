@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,6 +49,7 @@ class TrainConfig:
     steps: int = 1700  # updates of the weights
     batch_size: int = 16  # sequences in a batch
     grad_accum: int = 1  # batches added up for an update, where memory allows no larger ones
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW elsewhere
     lr: float = 8e-3  # highest learning rate
     lr_end: float = 0.1  # share of it that is left at the end of the cosine
     warmup: int = 100  # steps up to the highest learning rate
@@ -67,13 +68,13 @@ class TrainConfig:
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
-        least = dict.fromkeys(("steps", "batch_size", "grad_accum", "eval_interval"), 1)
-        least |= dict.fromkeys(("warmup", "sample_tokens", "seed", "threads", "grad_clip"), 0)
-        least |= {"weight_decay": 0, "lr_end": 0, "beta2": 0, "lr": 1e-30}
-        for name, low in (least | {"eval_tokens": self.model.block_size}).items():
-            high = {"beta2": 0.99999, "threads": 999, "batch_size": 2**20}.get(name, 2**31)
-            if not low <= getattr(self, name) <= high:
-                raise BadInput(f"{name} must be {low} .. {high:,}, not {getattr(self, name)}")
+        lowest = dict.fromkeys(("steps", "batch_size", "grad_accum", "eval_interval"), 1)
+        lowest |= {"lr": 1e-30, "eval_tokens": self.model.block_size}
+        highest = {"beta2": 0.99999, "threads": 999, "batch_size": 2**20}
+        for name, value in vars(self).items():
+            low, high = lowest.get(name, 0), highest.get(name, 2**31)
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise BadInput(f"{name} must be {low} .. {high:,}, not {value}")
 
 
 LONG = {"steps": 4000, "lr": 4e-3, "eval_interval": 400}
@@ -149,10 +150,9 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise BadInput(f"there is no checkpoint {path}; train one first: python train.py")
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            whole = file.testzip() is None
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         items = torch.load(path, map_location=device, weights_only=True)
-        if not whole or not {"model", "config", "meta", "train"} <= items.keys():
+        if damaged or not {"model", "config", "meta", "train"} <= items.keys():
             raise ValueError("damaged, or another program's")
     except Exception as error:  # zip, pickle and torch each have errors of their own
         raise BadInput(f"{path} is no checkpoint of ours, or it is damaged or cut off") from error
@@ -176,16 +176,13 @@ class Windows:
 
     def __init__(self, folder, split, meta, block_size, device):
         self.tokens, self.offsets = open_tokens(folder, split, meta), np.arange(block_size + 1)
-        self.device, self.vocab_size = device, meta["vocab_size"]
-        self.n_starts = len(self.tokens) - block_size
+        self.device, self.n_starts = device, len(self.tokens) - block_size
         if self.n_starts < 1:
             raise BadInput(f"{folder}/{split}.bin has too few tokens for block_size={block_size}")
 
     def at(self, starts):
         """starts: (B,) integers. Returns idx and targets, (B, T) int64 on the device."""
         window = self.tokens[starts[:, None] + self.offsets].astype(np.int64)  # (B, T + 1)
-        if window.max() >= self.vocab_size:
-            raise BadInput(f"the data have a token {window.max()}, beyond their vocabulary")
         window = torch.from_numpy(window).to(self.device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
@@ -230,36 +227,41 @@ def learning_rate(config, step):
     return config.lr * (config.lr_end + (1 - config.lr_end) * height)
 
 
-def make_optimizer(model, config, device):
-    """AdamW. Matrices decay towards 0; a, b, norms and biases, which are no matrices, do not."""
-    matrices, vectors = [], []
-    for p in model.parameters():
-        (matrices if p.dim() >= 2 else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}]
-    betas, fused = (0.9, config.beta2), device.type != "mps"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
+def make_optimizers(model, config, device):
+    """[AdamW], or [AdamW, Muon]. Matrices decay towards 0; a, b, norms and biases do not.
+
+    Muon takes the blocks' matrices: its steps are as long in all directions (K. Jordan, 2024).
+    """
+    groups = {"blocks": [], "matrices": [], "vectors": []}
+    for name, p in model.named_parameters():
+        kind = "blocks" if config.optimizer == "muon" and "blocks" in name else "matrices"
+        groups[kind if p.dim() >= 2 else "vectors"].append(p)
+    blocks, matrices, vectors = groups.values()
+    decay, fused = config.weight_decay, device.type != "mps"
+    groups = {"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}
+    optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=fused)]
+    if blocks:  # scaled so that one rate does for both (arXiv:2502.16982)
+        muon = torch.optim.Muon(blocks, config.lr, decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
-@contextmanager
-def catch_signals():
-    """Yield a list of the signals that came: Ctrl-C (a second ends at once), SIGTERM, SIGHUP."""
-    caught, before = [], {}
+def catch_signals(stack):
+    """A list of the signals that come while the stack lasts; a second Ctrl-C ends at once."""
+    caught = []
 
     def handle(number, _):
         if number == signal.SIGINT and number in caught and "RANK" not in os.environ:
             raise KeyboardInterrupt  # torchrun repeats a Ctrl-C by itself; a person means it
         caught.append(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        with suppress(ValueError, AttributeError):  # in a second thread; on Windows
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as nohup asks for
-                before[name] = signal.signal(getattr(signal, name), handle)
-    try:
-        yield caught
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has not all
+        before = signal.getsignal(getattr(signal, name))
+        with suppress(ValueError):  # in a second thread
+            if before != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(getattr(signal, name), handle)
+                stack.callback(signal.signal, getattr(signal, name), before)
+    return caught
 
 
 def say(text):
@@ -316,10 +318,10 @@ def train(config, saved=None):
         # All share the model's weights: these stay float32, and have plain names in a checkpoint.
         compiled = torch.compile(replica) if compiles else replica
         compiled = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(compiled)
-        optimizer = make_optimizer(model, config, device)
+        optimizers = make_optimizers(model, config, device)
         # The scaler is a guard: it leaves out a step whose gradient is not finite, without waiting
         # for the device. Only in float16, from 6e-8 to 65504, does it scale the loss, too.
-        is_half, guards = dtype == torch.float16, device.type != "mps"
+        is_half, guards = dtype == torch.float16, device.type != "mps" and len(optimizers) == 1
         scaler = torch.amp.GradScaler(device.type, 2.0**16 if is_half else 1.0, enabled=guards)
         # Sum and number of the losses since the last evaluation, and steps left out in a row: on
         # the device, because each look at them waits for it.
@@ -335,7 +337,8 @@ def train(config, saved=None):
             if saved["meta"] != meta:
                 raise BadInput(f"the run in {out} had other data than {folder} has now")
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
+                optimizer.load_state_dict(state)
             scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
             running += saved["running"].to(device)
             names = ("step", "history", "best_loss", "seconds")
@@ -345,14 +348,13 @@ def train(config, saved=None):
         def save(name):
             settings = {f.name: getattr(config, f.name) for f in fields(config)}
             items = {"config": asdict(settings.pop("model")), "train": settings, "meta": meta}
-            items |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            items |= {"scaler": scaler.state_dict(), "running": running.cpu()}
+            items |= {"model": model.state_dict(), "scaler": scaler.state_dict()}
+            items |= {"optimizer": [o.state_dict() for o in optimizers], "running": running.cpu()}
             items |= {"step": step, "history": history, "best_loss": best_loss}
             save_checkpoint(out / name, **items, seconds=time.perf_counter() - began)
 
         if rank == 0:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
+            try:  # the lock makes the folder, too
                 stack.enter_context(FileLock(out / ".lock", timeout=0))
             except OSError as error:
                 raise BadInput(f"another training writes {out}, or nobody can: {error}") from error
@@ -362,7 +364,7 @@ def train(config, saved=None):
                     os.replace(out / name, out / "previous" / name)
             size, what = f"{model.num_params():,} parameters", f"{device.type} x {n_ranks}, {dtype}"
             say(f"{shape.mixers}, {size}; {folder} -> {out}; {what}, {config.threads} threads")
-        caught = stack.enter_context(catch_signals())
+        caught = catch_signals(stack)
         bar = tqdm(total=config.steps, initial=step, mininterval=0.3, disable=bool(rank) or None)
         while True:
             ends, last = step >= config.steps, history[-1]["step"] if history else -1
@@ -408,23 +410,23 @@ def train(config, saved=None):
             if shape.dropout:  # its numbers, too, depend on the seed and the step alone
                 entropy = np.random.SeedSequence((config.seed, step, rank))
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(config, step)
             total = torch.zeros((), device=device)
             for i in range(config.grad_accum):
                 batch = data.batch(B, config.seed, step * config.grad_accum + i, rank, n_ranks)
-                # Several processes average their gradients once a step, with the last batch.
-                more_to_come = n_ranks > 1 and i < config.grad_accum - 1
-                with replica.no_sync() if more_to_come else nullcontext():
-                    loss = compiled(*batch)[1] / config.grad_accum
-                    scaler.scale(loss).backward()
+                replica.require_backward_grad_sync = i == config.grad_accum - 1  # DDP: once a step
+                loss = compiled(*batch)[1] / config.grad_accum
+                scaler.scale(loss).backward()
                 total += loss.detach()
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             if guards or norm.isfinite():
-                scaler.step(optimizer)  # does nothing if a gradient is not finite
+                for optimizer in optimizers:
+                    scaler.step(optimizer)  # does nothing if a gradient of its own is not finite
             scaler.update(None if is_half else 1.0)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             step += 1
             bar.update()
             good = (total if is_half else norm).isfinite()  # an overflow in float16: the scaler's
@@ -439,8 +441,6 @@ def train(config, saved=None):
         bar.close()
         best = (best_loss, bits_per_byte(best_loss, meta), history[-1]["elapsed_s"])
         result = Result(model, tokenizer, history, *best, out, 0 if ends else number)
-        if n_ranks > 1:
-            dist.barrier()  # nobody leaves while another still works
         if rank == 0 and not ends:
             say(f"saved. Go on:  python train.py --resume --out {shlex.quote(str(out))}")
         elif rank == 0:

@@ -36,7 +36,7 @@ import reproduce  # noqa: E402
 from hsm import GPT, GPTConfig  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
 from sample import load  # noqa: E402
-from train import TrainConfig, Windows, learning_rate, make_optimizer, train  # noqa: E402
+from train import TrainConfig, Windows, learning_rate, make_optimizers, train  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def learn(size, mixers, lr, seed, steps=STEPS):
     shape = GPTConfig(vocab_size=128, block_size=T, n_layer=4, mixers=mixers)
     config = TrainConfig(model=shape, steps=steps, lr=lr, lr_end=1.0, eval_tokens=T)
     model = GPT(shape)
-    optimizer = make_optimizer(model, config, CPU)
+    (optimizer,) = make_optimizers(model, config, CPU)
     for step in tqdm(range(1, steps + 1), desc=f"{mixers}, {size} pairs, lr {lr}, seed {seed}"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step - 1)
