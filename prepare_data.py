@@ -21,11 +21,11 @@ import re
 import socket
 import sys
 import sysconfig
-import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.request import urlretrieve
 
 import numpy as np
 import tiktoken
@@ -64,8 +64,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Token numbers of a str, a 1-D integer array. BadInput names a character not known."""
-        if self.kind == "byte":  # surrogates stand for stray bytes on a command line
-            return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+        if self.kind == "byte":
+            return np.frombuffer(text.encode("utf-8"), np.uint8)
         if self.kind == "gpt2":
             return np.array(self.bpe.encode(text, allowed_special="all"), dtype=np.uint32)
         if unknown := sorted(set(text) - set(self.number)):
@@ -104,12 +104,13 @@ def download(url, path, sha256=""):
     socket.setdefaulttimeout(20)  # seconds without a byte
     with atomic_write(path) as temporary, tqdm(unit="B", unit_scale=True, disable=None) as bar:
         try:  # it raises if the answer is shorter than announced
-            urllib.request.urlretrieve(url, temporary, lambda i, n, _: bar.update(n if i else 0))
+            done = urlretrieve(url, temporary, lambda i, n, _: bar.update(n if i else 0))
+            odd = done[1].get_content_type() == "text/html" or not temporary.stat().st_size
+            if odd or (sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256):
+                raise ValueError("a web page, nothing, or not the text that we know")
         except Exception as error:  # sockets, proxies and servers each have errors of their own
             words = f"put the text at {path} yourself, or: python prepare_data.py stdlib"
             raise BadInput(f"cannot download {url} ({error!r:.200}); {words}") from error
-        if sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256:
-            raise BadInput(f"{url} is not the file that we know (its sha256 differs)")
 
 
 def write_stdlib(path):
@@ -148,7 +149,7 @@ def text_files(corpus, source, folder, max_docs=0):
         if source and path.is_dir():  # its visible .txt files
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() == ".txt"]
             files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
-            files = [f for f in files if f.is_file()]
+            files = [*{f.resolve(): f for f in files if f.is_file()}.values()]  # a link adds none
             print(f"{path}: {len(files)} visible .txt files")
         if not files or not files[0].is_file():
             raise BadInput(f"no text at {source!r}: give a file, or a folder with .txt files")
@@ -166,9 +167,8 @@ def text_files(corpus, source, folder, max_docs=0):
 def read_pieces(files, digest=None):
     """The files' text one after the other, in pieces that can be encoded each by itself.
 
-    A piece ends before white space that follows something else. No GPT-2 token goes across that
-    (its words bring the space before them along), so the pieces' tokens are the text's. Only a
-    megabyte without any blank or new line is cut as it comes. A BOM at a file's start is no text.
+    A piece ends before white space that follows something else, where no GPT-2 token goes across.
+    Only a megabyte without any blank or new line is cut as it comes. A BOM at the start is no text.
     """
     for path in files:
         decoder, rest, block = codecs.getincrementaldecoder("utf-8-sig")(), "", b"-"

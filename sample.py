@@ -49,12 +49,12 @@ def read_prompt(config):
         raise BadInput("give --prompt or --prompt-file, not both")
     if "\\n" in config.prompt:
         print(r"note: \n in --prompt is two characters; a shell's $'\n' is one", file=sys.stderr)
+    text = config.prompt.encode("utf-8", "surrogateescape")  # the bytes that the shell gave
     try:
-        if config.prompt_file:
-            return Path(config.prompt_file).read_bytes().decode("utf-8-sig")
+        text = Path(config.prompt_file).read_bytes() if config.prompt_file else text
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{config.prompt_file} is not UTF-8 text") from error
-    return config.prompt.removeprefix("\ufeff")
+        raise BadInput(f"{config.prompt_file or 'the prompt'} is not UTF-8 text") from error
 
 
 def main(arguments=None):

@@ -255,12 +255,12 @@ def catch_signals(stack):
             raise KeyboardInterrupt  # torchrun repeats a Ctrl-C by itself; a person means it
         caught.append(number)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has not all
-        before = signal.getsignal(getattr(signal, name))
-        with suppress(ValueError):  # in a second thread
-            if before != signal.SIG_IGN:  # as nohup asks for
-                signal.signal(getattr(signal, name), handle)
-                stack.callback(signal.signal, getattr(signal, name), before)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        with suppress(ValueError, AttributeError):  # in a second thread; on Windows
+            number = getattr(signal, name)
+            if (before := signal.getsignal(number)) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, handle)
+                stack.callback(signal.signal, number, before)
     return caught
 
 

@@ -112,6 +112,7 @@ SETTINGS = {
     "code-512": Setting(replace(CODE, batch_size=4, model=LONG), PICKS),
     "code-1000": Setting(replace(CODE, steps=1000), PICKS),
     "code-8000": Setting(replace(CODE, steps=8000), PICKS),
+    "code-muon": Setting(replace(CODE, optimizer="muon"), PICKS),
     "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
     "code-32": Setting(replace(CODE, model=SMALL), PICKS),
     "code-128": Setting(replace(CODE, model=LARGE), PICKS),
@@ -270,7 +271,7 @@ HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": (TEXTS, NAMES),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
-    "lengths": (("code", "code-512", "code-1000", "code-8000"), PICKS),
+    "lengths": (("code", "code-512", "code-1000", "code-8000", "code-muon"), PICKS),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }

@@ -57,7 +57,7 @@ def nbgrader(course, *words):
         raise BadInput(f'this needs nbgrader: pip install "{NBGRADER}"')
     if done.returncode:
         # The exception that ends the first traceback says why; what follows says that it failed.
-        reasons = re.findall(r"^[\w.]*(?:Error|Exception): .+", done.stderr, re.MULTILINE)
+        reasons = re.findall(r"^ *[\w.]*(?:Error|Exception): .+", done.stderr, re.MULTILINE)
         lines = reasons or re.findall(r"^.*\bERROR\b.*", done.stderr, re.MULTILINE)
         raise BadInput((lines or [f"nbgrader {' '.join(words)} failed"])[0].strip())
     return done.stdout
@@ -136,15 +136,17 @@ def autograde(course, names):
     """
     from nbgrader.api import Gradebook  # here, so that --help works without it
 
-    failures = {}
-    hand_ins = sorted(
-        (p.name, p.parent.name) for n in names for p in course.glob(f"submitted/*/{n}")
-    )
+    paths = [(p.name, p.parent.name) for p in course.glob("submitted/[!.]*/[!.]*")]
+    hand_ins = sorted((name, student) for name, student in paths if name in names)
+    others = sorted(path for path in paths if path[0] not in NAMES)
+    failures = dict.fromkeys(others, f"it must lie in a folder named {' or '.join(names)}")
     for name, student in hand_ins:
         folder = course / "submitted" / student / name
         source = read(course / "source" / name / f"{name}.ipynb")
         try:
             reason = fault(folder, name, [grade_id(c) for c in source["cells"] if grade_id(c)])
+            if student != student.strip() or {*"*?["} & {*student}:  # nbgrader takes it for others
+                reason = f"the folder {student!r} must have no blank at its ends, and none of *?["
             if not reason:
                 nbgrader(course, "autograde", name, f"--student={student}", "--force")
         except Exception as error:  # a hand-in may be anything, and stops no other
@@ -154,8 +156,7 @@ def autograde(course, names):
     rows = []
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
         for name, student in hand_ins:
-            most = book.find_assignment(name).max_score
-            points = by_hand = None
+            most, points, by_hand = most_points(name)[0], None, None
             if (name, student) not in failures:
                 submission = book.find_submission(name, student)
                 points = submission.score
