@@ -381,10 +381,13 @@ def test_a_teachers_day(course, tmp_path):
     half["cells"] = half["cells"][:9]
     students["eve"].write_text(json.dumps(half), encoding="utf-8")
 
+    shutil.copytree(course / "submitted" / "dan", course / "submitted" / "dan ")
+    (course / "submitted" / "fay" / "1_Delay").mkdir(parents=True)
     rows, failures = grade.autograde(course, [name])
     points = {student: score for _, student, score, _, _ in rows}
     assert points["bob"] == 0 and points["dan"] == 8
-    assert {student for student in points if points[student] is None} == {"ada", "cy", "eve"}
+    assert {who for who in points if points[who] is None} == {"ada", "cy", "dan ", "eve"}
+    assert "no blank" in failures[name, "dan "] and name in failures["1_Delay", "fay"]
     assert failures[name, "ada"].endswith("has a cell twice: ladder")
     assert failures[name, "cy"].endswith("is not there, but mine.ipynb")
     assert "lacks cells: ladder-visible, ladder-hidden" in failures[name, "eve"]
