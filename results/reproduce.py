@@ -254,6 +254,7 @@ def train_all(runs, folder):
 # ---- Tables. logs: setting -> row -> [(head, rows), ..], a seed each; losses: row -> its seeds'
 
 PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
+SHIFTED = ("shift-softmax-100", "shift-softmax")
 TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib", "tinystories")
 NAMES = {
     "softmax-learned": "GPT-2's softmax: learned positions",
@@ -270,7 +271,7 @@ RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": (TEXTS, NAMES),
-    "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), "shift-softmax"),
+    "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), SHIFTED),
     "lengths": (("code", "code-512", "code-1000", "code-8000", "code-muon"), PICKS),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
@@ -308,19 +309,18 @@ def spread(losses):
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
 
 
-def plain(losses):
-    """The best plain softmax of a setting, by which others are measured, or None."""
-    return min({*PLAIN} & {*losses}, key=lambda name: mean(losses[name]), default=None)
+def best(losses, names=PLAIN):
+    """That of the rows named whose mean loss is lowest, or None: what others are measured by."""
+    return min({*names} & {*losses}, key=lambda name: mean(losses[name]), default=None)
 
 
-def over(losses, name, base=None):
-    """How much higher row name's loss is than base's: "+1.23 ± 0.45 (3)", in %; in brackets seeds.
+def over(losses, name, others=PLAIN):
+    """How much higher row name's loss is than the best of others': "+1.23 ± 0.45 (3)", in %.
 
-    base: by default the best plain softmax. The interval is t s sqrt(1/n1 + 1/n2), 95%, with the
-    pooled spread s of all rows; seeds are independent. One seed of either gets none, and allows no
-    claim.
+    In brackets seeds. The interval is t s sqrt(1/n1 + 1/n2), 95%, with the pooled spread s of all
+    rows; seeds are independent. One seed of either gets none, and allows no claim.
     """
-    base = base or plain(losses)
+    base = best(losses, others)
     if not {name, base} <= {*losses} or name == base:
         return "0" if name == base else "-"
     one, other = losses[name], losses[base]
@@ -337,13 +337,13 @@ def table(*rows):
     return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
 
 
-def marked_table(logs, texts, names, base=None):
-    """A row a model, a column a text: % over base or else the best plain softmax."""
+def marked_table(logs, texts, names, others=PLAIN):
+    """A row a model, a column a text: % over the best of others."""
     settings, rows = [logs.get(text, {}) for text in texts], [("model", "row", *texts)]
     for name in names:
         heads = [models[name][0][0] for models in settings if name in models]
         words = names[name] if names is NAMES else differs(heads[0]["model"]) if heads else "-"
-        cells = (over(ends(models), name, base) for models in settings)
+        cells = (over(ends(models), name, others) for models in settings)
         rows.append((words, f"`{name}`", *cells))
     return table(*rows)
 
@@ -374,7 +374,7 @@ def setting_section(setting, models):
     """A heading, what was run, and a row a model, the lowest loss first."""
     losses = ends(models)
     columns = ("row", "model", "parameters", "rate", "seeds", "loss, nats a token", "bits a byte")
-    rows, (s, df) = [(*columns, f"% over `{plain(losses)}`")], spread(losses)
+    rows, (s, df) = [(*columns, f"% over `{best(losses)}`")], spread(losses)
     for name in sorted(models, key=lambda name: mean(losses[name])):
         (head, _), *_ = models[name]
         last = [rows[-1] for _, rows in models[name]]
@@ -402,7 +402,7 @@ COLOURS = {  # that colour-blind eyes tell apart
 def draw_lead(logs, figure):
     """A panel a text: how far over plain softmax, by steps; dots: runs of other lengths."""
     for panel, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
-        base = plain(ends(logs.get(text, {})))
+        base = best(ends(logs.get(text, {})))
         for setting, mark in ((text, "-"), (f"{text}-1000", "o"), (f"{text}-8000", "o")):
             curves = {name: mean_curve(models) for name, models in logs.get(setting, {}).items()}
             for name in [name for name in COLOURS if {name, base} <= {*curves}]:
@@ -472,7 +472,7 @@ def write_tables(folder):
     lines += ["of the last step, means over seeds; README.md says what the intervals are.", ""]
     lines += [line for name in logs for line in setting_section(name, logs[name])]
     write_text(folder / "table.md", "\n".join(lines))
-    if any(plain(ends(logs.get(text, {}))) for text in TEXTS):
+    if any(best(ends(logs.get(text, {}))) for text in TEXTS):
         save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
     for page in filter(Path.is_file, (folder / "README.md", folder.parent / "README.md")):
         for name, what in MARKS.items():

@@ -194,9 +194,9 @@ def test_intervals_are_students_with_a_pooled_spread_and_one_seed_has_none():
     s, df = reproduce.spread(losses)
     assert df == 3 and s == pytest.approx((4 / 3) ** 0.5)  # squares: 1 + 1 and 1 + 0 + 1
     half = 3.182 * s * (1 / 2 + 1 / 3) ** 0.5
-    assert reproduce.over(losses, "b", "a") == f"+100.00 ± {half:.2f} (3)"
-    assert reproduce.over(losses, "c", "a") == "-50.00 (1)"
-    assert reproduce.over(losses, "a", "d") == "-"
-    assert reproduce.plain({"softmax-rope": [1.0], "softmax-100": [0.9], "ab-in": [0.1]}) == (
+    assert reproduce.over(losses, "b", ["a"]) == f"+100.00 ± {half:.2f} (3)"
+    assert reproduce.over(losses, "c", ["a"]) == "-50.00 (1)"
+    assert reproduce.over(losses, "a", ["d"]) == "-"
+    assert reproduce.best({"softmax-rope": [1.0], "softmax-100": [0.9], "ab-in": [0.1]}) == (
         "softmax-100"
     )
