@@ -96,7 +96,7 @@ class Setting:
 SHAPE = GPTConfig(vocab_size=0, block_size=128, n_layer=7, n_head=4, n_embd=64)
 COMMON = {"steps": 4000, "lr": 4e-3, "eval_interval": 400, "sample_tokens": 0}
 CPU = TrainConfig(SHAPE, **COMMON, device="cpu", threads=1)
-# Python's library, all of the validation text at each evaluation.
+# Python's library, all of its validation text at each evaluation.
 CODE = replace(CPU, data="data/stdlib_byte", eval_interval=1000, eval_tokens=10**7)
 # TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
 SAMPLE = "data/tinystories_sample"
@@ -273,7 +273,10 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
     "found": (TEXTS, NAMES),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), SHIFTED),
     "lengths": (("code", "code-512", "code-1000", "code-8000", "code-muon"), PICKS),
-    "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
+    "ladder": (
+        BEFORE,
+        ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM),
+    ),  # stdlib: code, not shuffled
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
 
