@@ -273,10 +273,7 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
     "found": (TEXTS, NAMES),
     "fair": (TEXTS, ("hybrid-deep", "hybrid-shift", "ab-in"), SHIFTED),
     "lengths": (("code", "code-512", "code-1000", "code-8000", "code-muon"), PICKS),
-    "ladder": (
-        BEFORE,
-        ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM),
-    ),  # stdlib: code, not shuffled
+    "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
 
