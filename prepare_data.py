@@ -85,6 +85,15 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
 
+def say(text, file=None):
+    """Print; where nobody can read it any more (a closed pipe, a full disk), that is no error."""
+    try:
+        tqdm.write(text, file)
+        (file or sys.stdout).flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
 @contextmanager
 def atomic_write(path):
     """Yield a path beside `path` that becomes it at the end; a full disk, say, is a BadInput."""
@@ -150,7 +159,7 @@ def text_files(corpus, source, folder, max_docs=0):
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() == ".txt"]
             files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
             files = [*{f.resolve(): f for f in files if f.is_file()}.values()]  # a link adds none
-            print(f"{path}: {len(files)} visible .txt files")
+            say(f"{path}: {len(files)} visible .txt files")
         if not files or not files[0].is_file():
             raise BadInput(f"no text at {source!r}: give a file, or a folder with .txt files")
         return files
@@ -226,7 +235,7 @@ def prepare(corpus, source="", tokenizer="auto", folder="", max_docs=0):
     meta["sha256"] = digest.hexdigest()
     with atomic_write(folder / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    print(f"{folder}: {meta['train_tokens']:,} tokens train, {meta['val_tokens']:,} validate")
+    say(f"{folder}: {meta['train_tokens']:,} tokens train, {meta['val_tokens']:,} validate")
     return meta
 
 
@@ -246,17 +255,8 @@ def read_meta(folder):
     if not good:
         raise BadInput(f"{path} is damaged; delete {folder} and prepare it again")
     if source.is_file() and source.stat().st_mtime > path.stat().st_mtime:
-        print(f"note: {source} is newer than what was prepared from it; delete {path} to prepare")
+        say(f"note: {source} is newer than what was prepared from it; delete {path} to prepare")
     return meta
-
-
-def open_tokens(folder, split, meta):
-    """DIR/train.bin or DIR/val.bin as a read-only array that stays on the disk (numpy.memmap)."""
-    path, dtype = Path(folder) / f"{split}.bin", np.dtype(meta["dtype"]).newbyteorder("<")
-    expected = meta[f"{split}_tokens"] * dtype.itemsize
-    if not path.is_file() or path.stat().st_size != expected:
-        raise BadInput(f"{path} has not {expected:,} bytes; delete {folder} and prepare it again")
-    return np.memmap(path, dtype, mode="r")
 
 
 def bits_per_byte(loss, meta):
@@ -293,7 +293,7 @@ def run(main):
             raise
         words = "too little memory: choose a smaller --batch-size, --block-size or --n-embd"
     if words:
-        print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {words}", sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo may abort the usual end
         sys.stdout.flush()
         os._exit(status)

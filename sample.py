@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from hsm import GPT, BadInput
-from prepare_data import Tokenizer, parse, run
+from prepare_data import Tokenizer, parse, run, say
 from train import load_checkpoint, model_from, pick_device, pick_threads
 
 
@@ -83,7 +83,7 @@ def main(arguments=None):
         softmax = GPT(replace(model.config, mixers="softmax"))
     own, keys = (m.state_bytes(1, length) for m in (model, softmax))
     words = f"state {own:,} bytes, where softmax layers alone keep {keys:,}"
-    print(f"[{config.tokens / seconds:,.0f} tokens/s; {words}]", file=sys.stderr)
+    say(f"[{config.tokens / seconds:,.0f} tokens/s; {words}]", sys.stderr)
 
 
 if __name__ == "__main__":

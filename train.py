@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prepare_data
 from hsm import GPT, BadInput, GPTConfig, layer_table, use_fast
-from prepare_data import Tokenizer, atomic_write, bits_per_byte, open_tokens, parse, read_meta, run
+from prepare_data import Tokenizer, atomic_write, bits_per_byte, parse, read_meta, run, say
 
 Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
 SHAPE = {"vocab_size": 0, "mixers": "ab,ab,softmax"}  # the presets' models, any vocabulary
@@ -171,6 +171,15 @@ def model_from(checkpoint, device="cpu"):
 
 
 # ---- Data ----------------------------------------------------------------------------------------
+def open_tokens(folder, split, meta):
+    """DIR/train.bin or DIR/val.bin as a read-only array that stays on the disk (numpy.memmap)."""
+    path, dtype = Path(folder) / f"{split}.bin", np.dtype(meta["dtype"]).newbyteorder("<")
+    expected = meta[f"{split}_tokens"] * dtype.itemsize
+    if not path.is_file() or path.stat().st_size != expected:
+        raise BadInput(f"{path} has not {expected:,} bytes; delete {folder} and prepare it again")
+    return np.memmap(path, dtype, mode="r")
+
+
 class Windows:
     """Windows of block_size + 1 tokens from one split of a prepared folder, read from the disk."""
 
@@ -208,12 +217,12 @@ def get_data(folder, is_prepared=False):
         way = "go where it is" if is_prepared else f"--data data/{folder.name} prepares itself"
         raise BadInput(f"there is no {folder} here; {way}")
     try:
-        print(f"{folder} is not prepared yet; preparing it")
+        say(f"{folder} is not prepared yet; preparing it")
         return folder, prepare_data.prepare(corpus, tokenizer=tokenizer, folder=folder)
     except BadInput as error:
         if corpus != "shakespeare" or (folder / "input.txt").is_file():
             raise
-        print(f"{error}\nno Shakespeare: training on Python's standard library in its place")
+        say(f"{error}\nno Shakespeare: training on Python's standard library in its place")
     return get_data(folder.parent / "stdlib_byte")
 
 
@@ -262,15 +271,6 @@ def catch_signals(stack):
                 signal.signal(number, handle)
                 stack.callback(signal.signal, number, before)
     return caught
-
-
-def say(text):
-    """Print; where nobody can read it any more (a closed pipe, a full disk), that is no error."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 BEFORE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
