@@ -429,7 +429,6 @@ def test_shifts_are_a_ladder_that_starts_again_a_row_of_heads_or_a_list():
         ({"shifts": "99999999"}, "99999999"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"n_embd": 2**30}, "at most"),
-        ({"vocab_size": -1}, "vocab_size"),
         ({"dropout": 1.0}, "dropout"),
         ({"rope_base": 0.5}, "rope_base"),
         ({"pos_emb": "sine"}, "learned, rope or none"),
@@ -1063,7 +1062,8 @@ def test_a_prompt_from_a_file_an_empty_one_and_one_with_a_dash_work_and_a_seed_r
     assert len(texts[0]) == 9 + 1 and texts[0] == texts[1] != texts[2]
     for prompt in ("-a", "nTrue=True"):
         assert sampled(capsys, *words, "--prompt", prompt).out.startswith(prompt)
-    assert "two characters" in refused(capsys, sample, *words, "--prompt", r"a\n", lines=2)
+    line = refused(capsys, sample, *words, "--prompt", "a\\n\udcff", lines=2)
+    assert re.search("two characters.*the prompt is not UTF-8", line), line
 
 
 def test_half_characters_wait_for_their_other_half(tmp_path, capsys):
