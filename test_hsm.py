@@ -798,7 +798,7 @@ def test_resuming_after_ctrl_c_equals_an_uninterrupted_run_bit_for_bit(
         assert same_but_for_the_clock(cut, whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_or_a_closed_terminal_saves_and_ends_with_128_and_its_number_but_not_under_nohup(
     name, data, tmp_path, monkeypatch
 ):
