@@ -112,7 +112,7 @@ SETTINGS = {
     "code-512": Setting(replace(CODE, batch_size=4, model=LONG), PICKS),
     "code-1000": Setting(replace(CODE, steps=1000), PICKS),
     "code-8000": Setting(replace(CODE, steps=8000), PICKS),
-    "code-muon": Setting(replace(CODE, optimizer="muon"), PICKS),
+    "code-muon": Setting(replace(CODE, optimizer="muon", lr=8e-3), PICKS),
     "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
     "code-32": Setting(replace(CODE, model=SMALL), PICKS),
     "code-128": Setting(replace(CODE, model=LARGE), PICKS),
