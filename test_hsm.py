@@ -430,7 +430,6 @@ def test_shifts_are_a_ladder_that_starts_again_a_row_of_heads_or_a_list():
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"n_embd": 2**30}, "at most"),
         ({"dropout": 1.0}, "dropout"),
-        ({"rope_base": 0.5}, "rope_base"),
         ({"pos_emb": "sine"}, "learned, rope or none"),
         ({"mixers": "softmax", "n_embd": 12, "n_head": 4}, "even"),
     ],
@@ -720,7 +719,8 @@ def test_a_failed_download_says_so_and_leaves_nothing(reply, words, tmp_path, mo
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(BadInput, match=words):
-        prepare_data.download("https://example.org/a", tmp_path / "input.txt", "1234")
+        sha256 = "1234" * ("not the text" in words)
+        prepare_data.download("https://example.org/a", tmp_path / "input.txt", sha256)
     assert not list(tmp_path.iterdir())
 
 
