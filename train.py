@@ -322,9 +322,9 @@ def train(config, saved=None):
         # The scaler is a guard: it leaves out a step whose gradient is not finite, without waiting
         # for the device. Only in float16, from 6e-8 to 65504, does it scale the loss, too.
         is_half, guards = dtype == torch.float16, device.type != "mps" and len(optimizers) == 1
-        scaler = torch.amp.GradScaler(device.type, 2.0**16 if is_half else 1.0, enabled=guards)
-        # Sum and number of the losses since the last evaluation, and steps left out in a row: on
-        # the device, because each look at them waits for it.
+        scale, is_on = (2.0**16 if is_half else 1.0), guards or (is_half and on_cuda)
+        scaler = torch.amp.GradScaler(device.type, scale, enabled=is_on)
+        # On the device, as each look waits: sum and number of losses, and steps left out in a row.
         running = torch.zeros(3, device=device)
         step, history, best_loss, seconds_before = 0, [], math.inf, 0.0
         if saved is not None:
@@ -422,7 +422,7 @@ def train(config, saved=None):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            if guards or norm.isfinite():
+            if guards or norm.isfinite():  # the second waits
                 for optimizer in optimizers:
                     scaler.step(optimizer)  # does nothing if a gradient of its own is not finite
             scaler.update(None if is_half else 1.0)
