@@ -60,8 +60,8 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
     "window-hybrid": {"mixers": "window,window,softmax"},
     "softmax-learned": {"mixers": "softmax", "pos_emb": "learned"},  # GPT-2's
     "softmax-deep": {"mixers": "softmax", "layers": 9},
-    # A shift beyond the window brings zeros: the vec layers mix nothing (one seed).
-    "hybrid-b0": {"mixers": "vec,vec,softmax", "shifts": "128", **DEEP},
+    "shift-softmax-deep": {"mixers": "shift-softmax", "layers": 9},
+    "hybrid-b0": {"mixers": "vec,vec,softmax", "shifts": "128", **DEEP},  # z = 0 in the window
 }
 GRID = tuple(ROWS)
 ROWS["ab-in-layer"] = {"mixers": "ab", "shifts": "layer", **MAPS}  # for diagnose.py
@@ -135,8 +135,7 @@ def data_of(folder):
 # ---- A run and its log ---------------------------------------------------------------------------
 
 # Fields of TrainConfig that do not make another run of it.
-ELSEWHERE = {"out", "data", "resume", "sample_tokens", "device", "dtype", "compile", "fast"}
-ELSEWHERE |= {"threads"}
+ELSEWHERE = {"out", "data", "resume", "sample_tokens", "device", "compile", "fast", "threads"}
 
 
 def describe(config):
@@ -254,18 +253,19 @@ def train_all(runs, folder):
 # ---- Tables. logs: setting -> row -> [(head, rows), ..], a seed each; losses: row -> its seeds'
 
 PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
-SHIFTED = ("shift-softmax-100", "shift-softmax")
+SHIFTED = ("shift-softmax-100", "shift-softmax", "shift-softmax-deep")
 TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib", "tinystories")
 NAMES = {
     "softmax-learned": "GPT-2's softmax: learned positions",
     "softmax-rope": "softmax, rotary positions, base 10,000",
     "softmax-100": "softmax, rotary positions, base 100",
+    "softmax-deep": "softmax, nine thinner layers, base 10,000",
     "shift-softmax": "softmax with a shift of one token inside",
-    "shift-softmax-100": "the same, base 100",
+    "shift-softmax-deep": "the same, nine thinner layers",
     "ab-in": "HSM alone",
     "linrec": "a gated linear recurrence alone",
-    "hybrid-deep": "HSM and softmax",
-    "hybrid-shift": "HSM and softmax with the shift",
+    "hybrid-deep": "HSM and softmax, nine layers",
+    "hybrid-shift": "HSM and softmax with the shift, nine layers",
 }
 RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
