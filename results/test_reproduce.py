@@ -197,6 +197,6 @@ def test_intervals_are_students_with_a_pooled_spread_and_one_seed_has_none():
     assert reproduce.over(losses, "b", ["a"]) == f"+100.00 ± {half:.2f} (3)"
     assert reproduce.over(losses, "c", ["a"]) == "-50.00 (1)"
     assert reproduce.over(losses, "a", ["d"]) == "-"
-    assert reproduce.best({"softmax-rope": [1.0], "softmax-100": [0.9], "ab-in": [0.1]}) == (
-        "softmax-100"
-    )
+    seeds = {"softmax-rope": [1.0, 1.0], "softmax-100": [0.9, 0.9], "softmax-deep": [0.8]}
+    assert reproduce.best({**seeds, "ab-in": [0.1]}) == "softmax-100"
+    assert reproduce.best({"softmax-deep": [0.8]}) == "softmax-deep"
