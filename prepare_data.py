@@ -113,8 +113,8 @@ def download(url, path, sha256=""):
     socket.setdefaulttimeout(20)  # seconds without a byte
     with atomic_write(path) as temporary, tqdm(unit="B", unit_scale=True, disable=None) as bar:
         try:  # it raises if the answer is shorter than announced
-            done = urlretrieve(url, temporary, lambda i, n, _: bar.update(n if i else 0))
-            odd = done[1].get_content_type() == "text/html" or not temporary.stat().st_size
+            _, headers = urlretrieve(url, temporary, lambda i, n, _: bar.update(n if i else 0))
+            odd = headers.get_content_type() == "text/html" or not temporary.stat().st_size
             if odd or (sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256):
                 raise ValueError("a web page, nothing, or not the text that we know")
         except Exception as error:  # sockets, proxies and servers each have errors of their own

@@ -241,11 +241,11 @@ def make_optimizers(model, config, device):
 
     Muon takes the blocks' matrices: its steps are as long in all directions (K. Jordan, 2024).
     """
-    groups = {"blocks": [], "matrices": [], "vectors": []}
+    kinds = {"blocks": [], "matrices": [], "vectors": []}
     for name, p in model.named_parameters():
         kind = "blocks" if config.optimizer == "muon" and "blocks" in name else "matrices"
-        groups[kind if p.dim() >= 2 else "vectors"].append(p)
-    blocks, matrices, vectors = groups.values()
+        kinds[kind if p.dim() >= 2 else "vectors"].append(p)
+    blocks, matrices, vectors = kinds.values()
     decay, fused = config.weight_decay, device.type != "mps"
     groups = {"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=fused)]

@@ -49,7 +49,7 @@ def short(steps):
 
 
 def text(n_bytes=400_000):
-    """Prepare the first n_bytes of Python's own library, by name, in a temporary folder."""
+    """Prepare the first n_bytes of Python's own library, by name, in a folder. Returns it."""
     import prepare_data  # here, as train below: a notebook that reads no text starts sooner
 
     root, source = Path(sysconfig.get_path("stdlib")), b""

@@ -33,7 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import neighbours  # noqa: E402, F401
 import reproduce  # noqa: E402
 
-from hsm import GPT, GPTConfig  # noqa: E402
+from hsm import GPT, BadInput, GPTConfig  # noqa: E402
 from prepare_data import parse, run  # noqa: E402
 from sample import load  # noqa: E402
 from train import TrainConfig, Windows, learning_rate, make_optimizers, train  # noqa: E402
@@ -259,6 +259,10 @@ class DiagnoseConfig:
     table_only: bool = False  # measure nothing: table and pictures from the logs
     dir: str = str(HERE)  # where logs/ and the pictures lie
     out: str = "out/diagnose"  # where terminals say what they are at
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise BadInput(f"seeds must be at least 1, not {self.seeds}")
 
 
 def main(arguments=None):
