@@ -207,7 +207,7 @@ def draw_positions(rows, figure):
     for row in rows:
         spans = by_model.setdefault(row["model"], {})
         spans.setdefault((row["first"], row["last"]), []).append(row["loss"])
-    base = next(name for name in ("softmax-100", "softmax-rope") if name in by_model)
+    base = next(name for name in ("softmax-deep", "softmax-rope") if name in by_model)
     for name, colour in zip(by_model, reproduce.COLOURS.values(), strict=False):
         middle = [(first * last) ** 0.5 for first, last in by_model[name]]
         pairs = zip(by_model[name].values(), by_model[base].values(), strict=True)
