@@ -99,6 +99,7 @@ CPU = TrainConfig(SHAPE, **COMMON, device="cpu", threads=1)
 # Python's library, all of its validation text at each evaluation.
 CODE = replace(CPU, data="data/stdlib_byte", eval_interval=1000, eval_tokens=10**7)
 ENDS = replace(CODE, eval_interval=4000)  # no curve: the evaluations would take a tenth of the time
+WIDE = replace(ENDS, batch_size=4, model=replace(SHAPE, block_size=512))
 # TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
 SAMPLE = "data/tinystories_sample"
 COMMIT = "79274e31fe66ed5cf23be815bf51dc63a4ca57a6"
@@ -109,7 +110,8 @@ LARGE = replace(SHAPE, n_embd=128, n_layer=10)
 SETTINGS = {
     "code": Setting(CODE, GRID),
     "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
-    "code-512": Setting(replace(ENDS, batch_size=4, model=replace(SHAPE, block_size=512)), PICKS),
+    "code-512": Setting(WIDE, PICKS),
+    "code-512-lr-0.002": Setting(replace(WIDE, lr=2e-3), PICKS[:3], seeds=1),
     "code-1000": Setting(replace(ENDS, steps=1000), PICKS),
     "code-8000": Setting(replace(ENDS, steps=8000), PICKS),
     "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), PICKS),
