@@ -208,13 +208,14 @@ def draw_positions(rows, figure):
         spans = by_model.setdefault(row["model"], {})
         spans.setdefault((row["first"], row["last"]), []).append(row["loss"])
     base = next(name for name in ("softmax-deep", "softmax-rope") if name in by_model)
-    for name, colour in zip(by_model, reproduce.COLOURS.values(), strict=False):
+    panel.axhline(0, color="grey", lw=1)
+    for name in [name for name in by_model if name != base]:
         middle = [(first * last) ** 0.5 for first, last in by_model[name]]
         pairs = zip(by_model[name].values(), by_model[base].values(), strict=True)
         over = [100 * (mean(one) / mean(zero) - 1) for one, zero in pairs]
-        panel.plot(middle, over, color=colour, label=name)
+        panel.plot(middle, over, color=reproduce.COLOURS.get(name, "#cc79a7"), label=name)
     panel.set_ylabel(f"loss, % over {base}")
-    panel.legend()
+    figure.legend(loc="outside lower center", ncols=4)
 
 
 def draw_taps(rows, figure):

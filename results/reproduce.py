@@ -273,7 +273,7 @@ RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 MORE = ("code-512", "code-1000", "code-8000", "code-muon")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
-    "found": (TEXTS, NAMES),
+    "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + MORE, ("ab-in", "hybrid-deep", "hybrid-shift"), PLAIN + SHIFTED),
     "lengths": (("code", *MORE), PICKS),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
