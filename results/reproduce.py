@@ -105,13 +105,13 @@ SAMPLE = "data/tinystories_sample"
 COMMIT = "79274e31fe66ed5cf23be815bf51dc63a4ca57a6"
 SAMPLE_URL = f"{GITHUB}/mines-opt-ml/decoding-gpt/{COMMIT}/data/tinystories_10k.txt"
 SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
-SMALL = replace(SHAPE, n_embd=32, n_layer=5)  # depth as the root of the width
-LARGE = replace(SHAPE, n_embd=128, n_layer=10)
+SMALL, LARGE = replace(SHAPE, n_embd=32, n_layer=5), replace(SHAPE, n_embd=128, n_layer=10)
 SETTINGS = {
     "code": Setting(CODE, GRID),
     "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
     "code-512": Setting(WIDE, PICKS),
     "code-512-lr-0.002": Setting(replace(WIDE, lr=2e-3), PICKS[:3], seeds=1),
+    "code-512-lr-0.008": Setting(replace(WIDE, lr=8e-3), PICKS[:3], seeds=1),
     "code-1000": Setting(replace(ENDS, steps=1000), PICKS),
     "code-8000": Setting(replace(ENDS, steps=8000), PICKS),
     "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), PICKS),
