@@ -99,7 +99,7 @@ CPU = TrainConfig(SHAPE, **COMMON, device="cpu", threads=1)
 # Python's library, all of its validation text at each evaluation.
 CODE = replace(CPU, data="data/stdlib_byte", eval_interval=1000, eval_tokens=10**7)
 ENDS = replace(CODE, eval_interval=4000)  # no curve: the evaluations would take a tenth of the time
-WIDE = replace(ENDS, batch_size=4, model=replace(SHAPE, block_size=512))
+LONG = replace(ENDS, batch_size=4, model=replace(SHAPE, block_size=512))
 # TinyStories' first 10,000 lines: as much as a model of this size can use (CDLA-Sharing-1.0).
 SAMPLE = "data/tinystories_sample"
 COMMIT = "79274e31fe66ed5cf23be815bf51dc63a4ca57a6"
@@ -109,9 +109,9 @@ SMALL, LARGE = replace(SHAPE, n_embd=32, n_layer=5), replace(SHAPE, n_embd=128, 
 SETTINGS = {
     "code": Setting(CODE, GRID),
     "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
-    "code-512": Setting(WIDE, PICKS),
-    "code-512-lr-0.002": Setting(replace(WIDE, lr=2e-3), PICKS[:3], seeds=1),
-    "code-512-lr-0.008": Setting(replace(WIDE, lr=8e-3), PICKS[:3], seeds=1),
+    "code-512": Setting(LONG, PICKS),
+    "code-512-lr-0.002": Setting(replace(LONG, lr=2e-3), PICKS[:3], seeds=1),
+    "code-512-lr-0.008": Setting(replace(LONG, lr=8e-3), PICKS[:3], seeds=1),
     "code-1000": Setting(replace(ENDS, steps=1000), PICKS),
     "code-8000": Setting(replace(ENDS, steps=8000), PICKS),
     "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), PICKS),
@@ -271,11 +271,11 @@ NAMES = {
 }
 RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
-MORE = ("code-512", "code-1000", "code-8000", "code-muon")
+ON_CODE = ("code-512", "code-1000", "code-8000", "code-muon")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
-    "claims": (TEXTS + MORE, ("ab-in", "hybrid-deep", "hybrid-shift"), PLAIN + SHIFTED),
-    "lengths": (("code", *MORE), PICKS),
+    "claims": (TEXTS + ON_CODE, ("ab-in", "hybrid-deep", "hybrid-shift"), PLAIN + SHIFTED),
+    "lengths": (("code", *ON_CODE), PICKS),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
@@ -412,7 +412,7 @@ def draw_lead(logs, figure):
             for name in [name for name in COLOURS if {name, base} <= {*curves}]:
                 steps = [step for step in curves[base] if step][-1 if mark == "o" else 0 :]
                 lead = [100 * (curves[name][step] / curves[base][step] - 1) for step in steps]
-                panel.plot(steps, lead, mark, color=COLOURS[name], label=name)
+                panel.plot(steps, lead, mark, color=COLOURS[name], label=name * (mark == "-"))
         panel.axhline(0, color="grey", lw=1)
         panel.set(title=f"{text} (0: {base})", xlabel="steps", ylabel="% over plain softmax")
         panel.grid(alpha=0.3)
