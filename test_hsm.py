@@ -874,11 +874,11 @@ def test_flags_are_choices_of_three_also_in_nanogpts_words_and_a_preset_may_stan
             assert config.fast is (wanted if words else before)
     seen, ended = [], train.Result(*[None] * 7, 0)
     monkeypatch.setattr(train, "train", lambda config, saved: seen.append(config) or ended)
-    train.main(["--batch_size=4", "deep"])
-    train.main(["deep", "--compile=False"])
-    train.main(["--compile=True", "--out", "deep"])  # here it is a folder
-    assert [config.steps for config in seen] == [4000, 4000, 1700]
-    assert [config.batch_size for config in seen] == [4, 16, 16]
+    train.main(["--batch_size=4", "shakespeare"])
+    train.main(["shakespeare", "--compile=False"])
+    train.main(["--compile=True", "--out", "shakespeare"])  # here it is a folder
+    assert [config.steps for config in seen] == [5000, 5000, 2600]
+    assert [config.batch_size for config in seen] == [4, 64, 8]
     assert [config.compile for config in seen] == [None, False, True]
 
 
@@ -1087,7 +1087,7 @@ def refused(capsys, module, *arguments, lines=1):
 
 
 REFUSED = [
-    (train, "quik", "quik.*quick, deep, pure, shakespeare, tinystories, openwebtext"),
+    (train, "quik", "quik.*quick, shakespeare, tinystories, openwebtext"),
     (train, "--mixers abc", "unknown mixer .*abc.*ab, vec, matrix.*softmax"),
     (train, "--n-layr 5", "--n-layr.*Perhaps.*--n-layer"),
     (train, "--n-embd 30", "multiple of n_head"),
