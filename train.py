@@ -79,7 +79,7 @@ class TrainConfig:
 
 BIG = {"warmup": 500, "eval_interval": 500, "eval_tokens": 500_000}
 PRESETS = {  # the model, where it is not SHAPE, and the training, where it is not TrainConfig's
-    # The best hybrid of the grid in results/README.md, trained so that it learns less by heart.
+    # hybrid-deep of results/README.md, trained so that it learns less by heart.
     "quick": (
         {"block_size": 256, "n_layer": 9, "mixers": "vec,vec,softmax", "proj": False, "d_ff": 256},
         {"batch_size": 8, "lr": 6e-3, "lr_end": 0.0, "weight_decay": 0.5},

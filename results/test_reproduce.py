@@ -66,7 +66,9 @@ def edit_log(tmp_path, name, change):
 
 
 def test_a_grid_leaves_whole_logs_and_trains_nothing_twice(grid, tmp_path, monkeypatch, capsys):
-    assert reproduce.main(grid) == 0
+    beside = tmp_path / "README.md"  # of somebody's project: not the grid's to fill
+    beside.write_text("<!-- found -->\nmine\n<!-- /found -->\n", encoding="utf-8")
+    assert reproduce.main(grid) == 0 and "mine" in beside.read_text(encoding="utf-8")
     logs = logs_of(tmp_path)
     names = {f"text.{row}.6.s{seed}" for row in ("softmax-rope", "linrec") for seed in (1, 2)}
     assert set(logs) == names
