@@ -4,6 +4,7 @@
     GPTConfig(mixers="shift-softmax")                attention on a x[t] + b x[t-1]
     GPTConfig(mixers="shifts-softmax")               the same with HSM's ladder over the heads
     GPTConfig(mixers="window")                       attention to the last 32 tokens
+    GPTConfig(mixers="all-shifts")                   HSM, each channel with the shifts of all heads
     GPTConfig(mixers="conv4", in_proj=True)          a short convolution between two linear maps
     GPTConfig(mixers="linrec")                       a gated linear recurrence, as in Mamba's kin
 
@@ -15,6 +16,7 @@ state_size.
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -83,40 +85,55 @@ class Window(SoftmaxMixer):
         self.offsets = range(self.window)
 
 
-# ---- A short convolution -------------------------------------------------------------------------
+# ---- Several shifts in a layer -------------------------------------------------------------------
 
 
-class Conv4(nn.Module):
-    """y[t] = w0 x[t] + w1 x[t-1] + w2 x[t-2] + w3 x[t-3], four numbers w a channel.
+class AllShifts(nn.Module):
+    """y[t] = w_0 x[t] + sum of w_s x[t-s] over all shifts s of the layer, numbers w a channel.
 
-    Mamba and H3 have it before their long memory (arXiv:2212.14052). Between the linear maps that
-    config.in_proj and config.proj ask for, as HSM's pairs. w starts as nn.Conv1d's weights.
+    In HSM's `vec` each head has a shift of its own; here each channel sees them all. Between the
+    linear maps that config.in_proj and config.proj ask for. w starts as nn.Conv1d's weights.
     """
 
-    uses_shifts, offsets = False, range(4)
-
-    def __init__(self, config, shifts=()):
+    def __init__(self, config, shifts):
         super().__init__()
         C, bias, scale = config.n_embd, config.bias, residual_scale(config)
-        self.n_embd = C
+        self.n_embd, self.offsets = C, sorted({0, *shifts})
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
-        start = 0.5 if config.proj else 0.5 * scale
-        self.taps = nn.ParameterList(torch.empty(C).uniform_(-start, start) for _ in range(4))
+        start = (1 if config.proj else scale) / math.sqrt(len(self.offsets))
+        self.taps = nn.ParameterList(torch.empty(C).uniform_(-start, start) for _ in self.offsets)
         self.proj = linear(C, C, bias, scale) if config.proj else nn.Identity()
+
+    @property
+    def steps(self):
+        """From one offset to the next: shifts 1, 2, 4, 8 are a delay of 1, 1, 2 and 4 more."""
+        return [s - before for before, s in pairwise(self.offsets)]
 
     def forward(self, x, cache=None):
         z = self.in_proj(x)
         y = self.taps[0] * z
-        for i in range(1, 4):  # once more delayed by one
-            z = delay(z, 1) if cache is None else cache[i - 1](z)
-            y = y + self.taps[i] * z
+        for i, step in enumerate(self.steps):
+            z = delay(z, step) if cache is None else cache[i](z)
+            y = y + self.taps[i + 1] * z
         return self.proj(y)
 
     def init_cache(self, position, max_len=None):
-        return [DelayRings((1,), position) for _ in range(3)]
+        return [DelayRings((step,), position) for step in self.steps]
 
     def state_size(self, length):
-        return 3 * self.n_embd
+        return max(self.offsets) * self.n_embd
+
+
+class Conv4(AllShifts):
+    """The same with shifts of 1, 2 and 3: a causal depthwise convolution of four taps.
+
+    Mamba and H3 have it before their long memory (arXiv:2212.14052).
+    """
+
+    uses_shifts = False
+
+    def __init__(self, config, shifts=()):
+        super().__init__(config, (1, 2, 3))
 
 
 # ---- A gated linear recurrence -------------------------------------------------------------------
@@ -180,6 +197,7 @@ NEIGHBOURS = {
     "shift-softmax": ShiftSoftmax,
     "shifts-softmax": ShiftsSoftmax,
     "window": Window,
+    "all-shifts": AllShifts,
     "conv4": Conv4,
     "linrec": LinRec,
 }

@@ -5,19 +5,16 @@
     python results/reproduce.py --corpora code --only linrec window --seeds 1
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
 
-A run is one call of train.py's train(). At its end its curve goes to logs/cpu/RUN.jsonl: a line
-that says what was trained, a line an evaluation, and a line with a checksum of the rest. A log that
-is whole and of the configuration asked for is never made again; any other is named and made anew.
-To check a log, delete it and train that run: git diff shows the same losses, to the bit.
-Ctrl-C loses nothing, a power cut at most the steps since the last evaluation: the same command goes
-on. On a machine with more cores, start it in more terminals; each takes the next free run.
+A run is one call of train.py's train(). Its curve goes to logs/cpu/RUN.jsonl: a line that says what
+was trained, a line an evaluation, a checksum of the rest. A whole log of the configuration asked
+for stays, any other is made anew. To check one, delete it and train that run: git diff shows the
+same losses, to the bit. Ctrl-C loses nothing. In more terminals each takes the next free run.
 """
 
 import hashlib
 import inspect
 import json
 import math
-import platform
 import re
 import sys
 from contextlib import contextmanager
@@ -58,6 +55,8 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
     "linrec-hybrid": {"mixers": "linrec,linrec,softmax"},
     "window": {"mixers": "window"},
     "window-hybrid": {"mixers": "window,window,softmax"},
+    "all-hybrid": {"mixers": "all-shifts,all-shifts,softmax", **DEEP},
+    "all-short-hybrid": {"mixers": "all-shifts,all-shifts,softmax", "shifts": "1+2+4+8", **DEEP},
     "softmax-learned": {"mixers": "softmax", "pos_emb": "learned"},  # GPT-2's
     "softmax-deep": {"mixers": "softmax", "layers": 9},
     "shift-softmax-deep": {"mixers": "shift-softmax", "layers": 9},
@@ -65,9 +64,9 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
 }
 GRID = tuple(ROWS)
 ROWS["ab-in-layer"] = {"mixers": "ab", "shifts": "layer", **MAPS}  # for diagnose.py
-# Settled by the rows of code, before a run of these settings: the best plain softmax; softmax with
-# a shift, of as many layers; the best hybrid of HSM; HSM alone; the recurrence alone.
-PICKS = ("softmax-deep", "shift-softmax-deep", "hybrid-shift", "ab-in", "linrec")
+# Settled by the rows of code, before a run of these settings: the best softmax, plain and with a
+# shift; the best hybrid of HSM; HSM alone; the recurrence; later the convolution's hybrid as well.
+PICKS = ("softmax-deep", "shift-softmax-deep", "hybrid-shift", "ab-in", "linrec", "conv4-hybrid")
 
 
 def shape(base, layers=0, **fields):
@@ -116,8 +115,8 @@ SETTINGS = {
     "code-8000": Setting(replace(ENDS, steps=8000), PICKS),
     "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), PICKS),
     "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
-    "code-32": Setting(replace(CODE, model=SMALL), PICKS),
-    "code-128": Setting(replace(CODE, model=LARGE), PICKS),
+    "code-32": Setting(replace(CODE, model=SMALL), PICKS[:5]),
+    "code-128": Setting(replace(CODE, model=LARGE), PICKS[:5]),
     "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
 }
 
@@ -214,8 +213,7 @@ def read_log(path, of=None):
 def surroundings():
     """What the numbers of a log may depend on besides the configuration."""
     facts = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    facts |= {"torch": torch.__version__, "python": platform.python_version()}
-    return facts | {"date": date.today().isoformat()}
+    return facts | {"torch": torch.__version__, "date": date.today().isoformat()}
 
 
 @contextmanager
@@ -260,7 +258,6 @@ TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib"
 NAMES = {
     "softmax-learned": "GPT-2's softmax: learned positions",
     "softmax-rope": "softmax, rotary positions, base 10,000",
-    "softmax-100": "softmax, rotary positions, base 100",
     "softmax-deep": "softmax, nine thinner layers, base 10,000",
     "shift-softmax": "softmax with a shift of one token inside",
     "shift-softmax-deep": "the same, nine thinner layers",
@@ -268,14 +265,17 @@ NAMES = {
     "linrec": "a gated linear recurrence alone",
     "hybrid-deep": "HSM and softmax, nine layers",
     "hybrid-shift": "HSM and softmax with the shift, nine layers",
+    "conv4-hybrid": "convolutions of four tokens and softmax, nine layers",
 }
 RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
+INSTEAD = ("hybrid-deep", "hybrid-b0", *(name for name in GRID if name.endswith("-hybrid")))
 ON_CODE = ("code-512", "code-1000", "code-8000", "code-muon")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, ("ab-in", "hybrid-deep", "hybrid-shift"), PLAIN + SHIFTED),
     "lengths": (("code", *ON_CODE), PICKS),
+    "instead": (("code", "tinystories"), INSTEAD),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
 }
@@ -395,11 +395,11 @@ def setting_section(setting, models):
 
 COLOURS = {  # that colour-blind eyes tell apart
     "shift-softmax-deep": "#000000",
-    "shift-softmax": "#8c8c8c",
     "ab-in": "#0072b2",
     "linrec": "#009e73",
     "hybrid-deep": "#d55e00",
     "hybrid-shift": "#e69f00",
+    "conv4-hybrid": "#cc79a7",
 }
 
 
