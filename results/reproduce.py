@@ -5,10 +5,9 @@
     python results/reproduce.py --corpora code --only linrec window --seeds 1
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
 
-A run is one call of train.py's train(). Its curve goes to logs/cpu/RUN.jsonl: a line that says what
-was trained, a line an evaluation, a checksum of the rest. A whole log of the configuration asked
-for stays, any other is made anew. To check one, delete it and train that run: git diff shows the
-same losses, to the bit. Ctrl-C loses nothing. In more terminals each takes the next free run.
+A run's curve goes to logs/cpu/RUN.jsonl: what was trained, a line an evaluation, a checksum. A
+whole log of the configuration asked for stays, any other is made anew. To check one, delete it and
+train it again: git diff shows the same losses, to the bit. In more terminals they share the runs.
 """
 
 import hashlib
@@ -55,6 +54,7 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
     "linrec-hybrid": {"mixers": "linrec,linrec,softmax"},
     "window": {"mixers": "window"},
     "window-hybrid": {"mixers": "window,window,softmax"},
+    "all-in": {"mixers": "all-shifts", **MAPS},
     "all-hybrid": {"mixers": "all-shifts,all-shifts,softmax", **DEEP},
     "all-short-hybrid": {"mixers": "all-shifts,all-shifts,softmax", "shifts": "1+2+4+8", **DEEP},
     "softmax-learned": {"mixers": "softmax", "pos_emb": "learned"},  # GPT-2's
@@ -269,7 +269,7 @@ NAMES = {
 RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 INSTEAD = ("hybrid-deep", "hybrid-b0", *(name for name in GRID if name.endswith("-hybrid")))
-HSM = ("ab-in", "hybrid-deep", "hybrid-shift", "all-short-hybrid")
+HSM = ("ab-in", "all-in", "hybrid-deep", "hybrid-shift", "all-short-hybrid")
 ON_CODE = ("code-512", "code-1000", "code-8000", "code-muon")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
