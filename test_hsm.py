@@ -44,7 +44,7 @@ import sample
 import train
 
 sys.path.append(str(Path(__file__).resolve().parent / "results"))
-import neighbours  # noqa: F401  five more names in MIXERS
+import neighbours  # noqa: F401  six more names in MIXERS
 
 from hsm import GPT, MIXERS, PAIRS, BadInput, DelayRings, GPTConfig, delay, receptive_field
 
