@@ -264,7 +264,7 @@ NAMES = {
     "linrec": "a gated linear recurrence alone",
     "hybrid-deep": "HSM and softmax, nine layers",
     "hybrid-shift": "HSM and softmax with the shift, nine layers",
-    "all-short-hybrid": "HSM, each channel with shifts 1, 2, 4 and 8, and softmax",
+    "conv4-hybrid": "a convolution of four tokens and softmax, nine layers",
 }
 RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
