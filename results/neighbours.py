@@ -99,15 +99,12 @@ class AllShifts(nn.Module):
         super().__init__()
         C, bias, scale = config.n_embd, config.bias, residual_scale(config)
         self.n_embd, self.offsets = C, sorted({0, *shifts})
+        # From one offset to the next: shifts 1, 2, 4, 8 are a delay of 1, 1, 2 and 4 more.
+        self.steps = [s - before for before, s in pairwise(self.offsets)]
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         start = (1 if config.proj else scale) / math.sqrt(len(self.offsets))
         self.taps = nn.ParameterList(torch.empty(C).uniform_(-start, start) for _ in self.offsets)
         self.proj = linear(C, C, bias, scale) if config.proj else nn.Identity()
-
-    @property
-    def steps(self):
-        """From one offset to the next: shifts 1, 2, 4, 8 are a delay of 1, 1, 2 and 4 more."""
-        return [s - before for before, s in pairwise(self.offsets)]
 
     def forward(self, x, cache=None):
         z = self.in_proj(x)

@@ -65,9 +65,9 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
 GRID = tuple(ROWS)
 ROWS["ab-in-layer"] = {"mixers": "ab", "shifts": "layer", **MAPS}  # for diagnose.py
 # Settled by the rows of code, before a run of these settings: the best softmax, plain and with a
-# shift; the best hybrid of HSM; HSM alone; the recurrence. Later, in the same way, the last.
+# shift; the best hybrid of HSM; HSM alone; the recurrence. For length one more, in the same way.
 PICKS = ("softmax-deep", "shift-softmax-deep", "hybrid-shift", "ab-in", "linrec")
-PICKS += ("all-short-hybrid",)
+LENGTHS = (*PICKS, "all-short-hybrid")
 
 
 def shape(base, layers=0, **fields):
@@ -108,15 +108,15 @@ SMALL, LARGE = replace(SHAPE, n_embd=32, n_layer=5), replace(SHAPE, n_embd=128, 
 SETTINGS = {
     "code": Setting(CODE, GRID),
     "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
-    "code-512": Setting(LONG, PICKS),
+    "code-512": Setting(LONG, LENGTHS),
     "code-512-lr-0.002": Setting(replace(LONG, lr=2e-3), PICKS[:3], seeds=1),
     "code-512-lr-0.008": Setting(replace(LONG, lr=8e-3), PICKS[:3], seeds=1),
-    "code-1000": Setting(replace(ENDS, steps=1000), PICKS),
-    "code-8000": Setting(replace(ENDS, steps=8000), PICKS),
-    "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), PICKS),
+    "code-1000": Setting(replace(ENDS, steps=1000), LENGTHS),
+    "code-8000": Setting(replace(ENDS, steps=8000), LENGTHS),
+    "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), LENGTHS),
     "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
-    "code-32": Setting(replace(CODE, model=SMALL), PICKS[:5]),
-    "code-128": Setting(replace(CODE, model=LARGE), PICKS[:5]),
+    "code-32": Setting(replace(CODE, model=SMALL), PICKS),
+    "code-128": Setting(replace(CODE, model=LARGE), PICKS),
     "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
 }
 
@@ -274,7 +274,7 @@ ON_CODE = ("code-512", "code-1000", "code-8000", "code-muon")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, HSM, PLAIN + SHIFTED),
-    "lengths": (("code", *ON_CODE), PICKS),
+    "lengths": (("code", *ON_CODE), LENGTHS),
     "instead": (("code", "tinystories"), INSTEAD),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
