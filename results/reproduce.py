@@ -2,7 +2,6 @@
 
     python results/reproduce.py --list          what there is to train, and what is done
     python results/reproduce.py                 train what is missing: many hours (README.md here)
-    python results/reproduce.py --corpora code --only linrec window --seeds 1
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
 
 A run's curve goes to logs/cpu/RUN.jsonl: what was trained, a line an evaluation, a checksum. A
@@ -64,8 +63,7 @@ ROWS = {  # fields of GPTConfig; recipe 2 had more, whose logs are in the tables
 }
 GRID = tuple(ROWS)
 ROWS["ab-in-layer"] = {"mixers": "ab", "shifts": "layer", **MAPS}  # for diagnose.py
-# Settled by the rows of code, before a run of these settings: the best softmax, plain and with a
-# shift; the best hybrid of HSM; HSM alone; the recurrence. For length one more, in the same way.
+# Settled by the rows of code before a run of the settings below: the best of each kind there.
 PICKS = ("softmax-deep", "shift-softmax-deep", "hybrid-shift", "ab-in", "linrec")
 LENGTHS = (*PICKS, "all-short-hybrid")
 
@@ -104,19 +102,17 @@ SAMPLE = "data/tinystories_sample"
 COMMIT = "79274e31fe66ed5cf23be815bf51dc63a4ca57a6"
 SAMPLE_URL = f"{GITHUB}/mines-opt-ml/decoding-gpt/{COMMIT}/data/tinystories_10k.txt"
 SAMPLE_SHA256 = "5a19b936d7b53bbdac1eea03230b00161dceca24ae272f5bd8e9dbbc2a883418"
-SMALL, LARGE = replace(SHAPE, n_embd=32, n_layer=5), replace(SHAPE, n_embd=128, n_layer=10)
+RATES = 0.002, 0.008  # half of the others', and twice
 SETTINGS = {
     "code": Setting(CODE, GRID),
     "tinystories": Setting(replace(CPU, data=SAMPLE), GRID),
     "code-512": Setting(LONG, LENGTHS),
-    "code-512-lr-0.002": Setting(replace(LONG, lr=2e-3), PICKS[:3], seeds=1),
-    "code-512-lr-0.008": Setting(replace(LONG, lr=8e-3), PICKS[:3], seeds=1),
+    **{f"code-512-lr-{lr}": Setting(replace(LONG, lr=lr), PICKS[:3], seeds=1) for lr in RATES},
     "code-1000": Setting(replace(ENDS, steps=1000), LENGTHS),
     "code-8000": Setting(replace(ENDS, steps=8000), LENGTHS),
-    "code-muon": Setting(replace(ENDS, optimizer="muon", lr=8e-3), LENGTHS),
-    "code-lr-0.002": Setting(replace(CODE, lr=2e-3), GRID[:-1], seeds=1),
-    "code-32": Setting(replace(CODE, model=SMALL), PICKS),
-    "code-128": Setting(replace(CODE, model=LARGE), PICKS),
+    **{f"code-lr-{lr}": Setting(replace(CODE, lr=lr), GRID[:-1], seeds=1) for lr in RATES},
+    "code-32": Setting(replace(CODE, model=replace(SHAPE, n_embd=32, n_layer=5)), PICKS),
+    "code-128": Setting(replace(CODE, model=replace(SHAPE, n_embd=128, n_layer=10)), PICKS),
     "shakespeare": Setting(replace(CPU, data="data/shakespeare_char"), GRID[:8]),
 }
 
@@ -252,7 +248,7 @@ def train_all(runs, folder):
 
 # ---- Tables. logs: setting -> row -> [(head, rows), ..], a seed each; losses: row -> its seeds'
 
-PLAIN = ("softmax-100", "softmax-rope", "softmax-deep")
+PLAIN = ("softmax-100", "softmax-rope", "softmax-deep", "softmax-rope-8")
 SHIFTED = ("shift-softmax-100", "shift-softmax", "shift-softmax-deep")
 TEXTS, BEFORE = ("shakespeare", "code", "tinystories"), ("shakespeare", "stdlib", "tinystories")
 NAMES = {
@@ -270,7 +266,7 @@ RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 INSTEAD = ("hybrid-deep", "hybrid-b0", *(name for name in GRID if name.endswith("-hybrid")))
 HSM = ("ab-in", "all-in", "hybrid-deep", "hybrid-shift", "all-short-hybrid")
-ON_CODE = ("code-512", "code-1000", "code-8000", "code-muon")
+ON_CODE = ("code-512", "code-1000", "code-8000")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, HSM, PLAIN + SHIFTED),
@@ -304,9 +300,10 @@ def t95(df):
     return math.sqrt(df) * math.tan(u[np.searchsorted(mass, 0.95 * mass[-1])])
 
 
-def spread(losses):
-    """How far a row's seeds lie from their mean, in %: pooled over rows, and degrees of freedom."""
-    groups = [np.array(values) for values in losses.values()]
+def spread(losses, row):
+    """Spread of seeds around their row's mean, in %, and degrees of freedom: of row's kind."""
+    # With softmax in each layer seeds lie further apart: each kind is pooled by itself.
+    groups = [np.array(v) for n, v in losses.items() if ("softmax" in n) == ("softmax" in row)]
     df = sum(len(group) - 1 for group in groups)
     squares = sum(((100 * (group / group.mean() - 1)) ** 2).sum() for group in groups)
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
@@ -321,8 +318,8 @@ def best(losses, names=PLAIN):
 def over(losses, name, others=PLAIN):
     """How much higher row name's loss is than the best of others': "+1.23 ± 0.45 (3)", in %.
 
-    In brackets seeds. The interval is t s sqrt(1/n1 + 1/n2), 95%, with the pooled spread s of all
-    rows; seeds are independent. One seed of either gets none, and allows no claim.
+    In brackets seeds. The 95% interval is t sqrt(s1^2/n1 + s2^2/n2), of both kinds' spreads and the
+    fewer degrees of freedom; seeds count as independent. One seed of either gets none: no claim.
     """
     base = best(losses, others)
     if not {name, base} <= {*losses} or name == base:
@@ -330,8 +327,9 @@ def over(losses, name, others=PLAIN):
     one, other = losses[name], losses[base]
     text = f"{100 * (mean(one) / mean(other) - 1):+.2f}"
     if min(len(one), len(other)) > 1:
-        s, df = spread(losses)
-        text += f" ± {t95(df) * s * math.sqrt(1 / len(one) + 1 / len(other)):.2f}"
+        (s1, df1), (s2, df2) = spread(losses, name), spread(losses, base)
+        half = t95(min(df1, df2)) * math.sqrt(s1 * s1 / len(one) + s2 * s2 / len(other))
+        text += f" ± {half:.2f}"
     return f"{text} ({len(one)})"
 
 
@@ -378,7 +376,7 @@ def setting_section(setting, models):
     """A heading, what was run, and a row a model, the lowest loss first."""
     losses = ends(models)
     columns = ("row", "model", "parameters", "rate", "seeds", "loss, nats a token", "bits a byte")
-    rows, (s, df) = [(*columns, f"% over `{best(losses)}`")], spread(losses)
+    rows = [(*columns, f"% over `{best(losses)}`")]
     for name in sorted(models, key=lambda name: mean(losses[name])):
         (head, _), *_ = models[name]
         last = [rows[-1] for _, rows in models[name]]
@@ -387,7 +385,9 @@ def setting_section(setting, models):
         rows.append((*row, over(losses, name)))
     T, fields = head["model"]["block_size"], head["train"]
     about = f"T = {T}, {fields['steps']:,} steps of {fields['batch_size']} windows."
-    about += f" Spread of a row's seeds: {s:.2f}%, {df} degrees of freedom." if df else ""
+    for row, kind in (("softmax", "softmax in each layer"), ("", "other rows")):
+        s, df = spread(losses, row)
+        about += f" Spread of seeds, {kind}: {s:.2f}%, {df} degrees of freedom." if df else ""
     return [f"## {setting}", "", about, "", *table(*rows)]
 
 
@@ -471,8 +471,7 @@ def write_tables(folder):
     about = "Losses of the last step, mean over seeds (`python results/reproduce.py --table-only`)."
     lines = [line for name in logs for line in setting_section(name, logs[name])]
     write_text(folder / "table.md", "\n".join(["# The grid", "", about, "", *lines]))
-    if any(best(ends(logs.get(text, {}))) for text in TEXTS):
-        save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
+    save_picture(draw_lead, logs, folder / "lead.png", (12, 4.5))
     pages = folder / "README.md", folder.parent / "README.md"
     for page in pages if pages[0].is_file() else ():
         for name, what in MARKS.items():

@@ -192,9 +192,12 @@ def test_every_row_has_the_parameters_of_softmax_within_one_percent(setting):
 def test_intervals_are_students_with_a_pooled_spread_and_one_seed_has_none():
     for df, t in ((1, 12.706), (2, 4.303), (10, 2.228), (60, 2.000)):
         assert reproduce.t95(df) == pytest.approx(t, abs=1e-3)
-    losses = {"a": [0.99, 1.01], "b": [1.98, 2.00, 2.02], "c": [0.5]}
-    s, df = reproduce.spread(losses)
+    losses = {"a": [0.99, 1.01], "b": [1.98, 2.00, 2.02], "c": [0.5], "softmax": [1.96, 2, 2.04]}
+    s, df = reproduce.spread(losses, "b")
     assert df == 3 and s == pytest.approx((4 / 3) ** 0.5)  # squares: 1 + 1 and 1 + 0 + 1
+    assert reproduce.spread(losses, "softmax") == (pytest.approx(2), 2)  # its kind by itself
+    half = 4.303 * (4 / 3 / 3 + 4 / 3) ** 0.5
+    assert reproduce.over(losses, "b", ["softmax"]) == f"+0.00 ± {half:.2f} (3)"
     half = 3.182 * s * (1 / 2 + 1 / 3) ** 0.5
     assert reproduce.over(losses, "b", ["a"]) == f"+100.00 ± {half:.2f} (3)"
     assert reproduce.over(losses, "c", ["a"]) == "-50.00 (1)"
