@@ -278,7 +278,7 @@ class GPTConfig:
 
 # ---- The mixers. Their contract, in place of a base class ---------------------------------------
 #   forward(x, cache=None) -> y    both (B, T, C). Without a cache x is a whole sequence (training);
-#                                  with one it is the next chunk of a stream, of any length.
+#                                  with one it is the next chunk, of any length; no gradients.
 #   init_cache(position, max_len)  what a stream must remember; forward updates it in place.
 #   offsets                        the distances that it reaches in one layer, 0 among them.
 #   state_size(length)             numbers a sequence in the cache after `length` tokens.
@@ -302,7 +302,7 @@ class ShiftMixer(nn.Module):
         self.in_proj = linear(C, C, bias) if config.in_proj else nn.Identity()
         self.pair = PAIRS[pair](C, config.n_head)
         self.proj = linear(C, C, bias, residual_scale(config)) if config.proj else nn.Identity()
-        if not config.proj:  # then the pair itself writes to the residual stream, and starts small
+        if not config.proj:  # then the pair writes to the residual stream; linear ones start small
             with torch.no_grad():
                 for weight in self.pair.parameters():
                     weight.mul_(residual_scale(config))
@@ -310,7 +310,7 @@ class ShiftMixer(nn.Module):
 
     def forward(self, x, cache=None):
         x = self.in_proj(x)
-        if self.fast is not None and cache is None:
+        if cache is None and self.fast is not None and self.fast.device == x.device:
             return self.proj(fast_mix(self.pair, x, self.fast))
         z = delay_heads(x, self.shifts) if cache is None else cache(x)
         return self.proj(self.pair(x, z))
@@ -545,8 +545,8 @@ class GPT(nn.Module):
         """
         if max_new_tokens < 0 or idx.size(1) < 1:
             raise BadInput(f"generate goes on from at least one token, not by {max_new_tokens}")
-        if not 0 <= temperature < math.inf:
-            raise BadInput(f"temperature must be 0 (greedy) or more, not {temperature}")
+        if temperature and not 1e-6 <= temperature < math.inf:
+            raise BadInput(f"temperature must be 0 (greedy), or from 1e-6 up, not {temperature}")
         if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise BadInput(f"top_k must be at least 1, top_p in (0, 1], not {top_k} and {top_p}")
         return self._generate(idx, max_new_tokens, (temperature, top_k, top_p, generator))
@@ -554,7 +554,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _generate(self, idx, max_new_tokens, settings):
         cache = self.init_cache(idx.size(0), idx.size(1) + max_new_tokens)
-        learned, T = self.wpe is not None, self.config.block_size
+        learned, T = self.wpe is not None, self.config.block_size  # prompts: T tokens at a time
         step = partial(self, cache=None if learned else cache, last_only=True)
         for i in range(max_new_tokens):
             if i == 1 and not learned and idx.is_cuda and not torch.is_autocast_enabled("cuda"):
@@ -562,7 +562,7 @@ class GPT(nn.Module):
             training = self.training
             if training:
                 self.eval()
-            logits, _ = step(idx[:, -T:] if learned else idx)
+            logits, _ = [step(x) for x in (idx[:, -T:] if learned else idx).split(T, dim=1)][-1]
             if training:  # already here: whoever stops early finds the model as it was
                 self.train()
             token = sample_token(logits[:, -1], *settings)  # (B,)
@@ -608,7 +608,7 @@ def layer_table(model):
     rows = [("layer", "mixer", "shifts", "reach", "d_ff", "parameters", "state")]
     for j, (block, (name, shifts)) in enumerate(zip(model.blocks, config.layers, strict=True)):
         reach += max(block.mixer.offsets)
-        shifts, width = ",".join(map(str, shifts)) or "any", block.up.out_features
+        shifts, width = ",".join(map(str, shifts)) or "-", block.up.out_features
         state = f"{block.mixer.state_size(config.block_size):,}"
         rows.append((j, name, shifts, reach, width, f"{n_params(block):,}", state))
     state = sum(block.mixer.state_size(config.block_size) for block in model.blocks)
@@ -688,7 +688,7 @@ def use_fast(model):
     """Let the model's HSM layers mix in the kernel, except in streams. BadInput if they cannot."""
     mixers = [block.mixer for block in model.blocks if isinstance(block.mixer, ShiftMixer)]
     runs = triton and (model.wte.weight.is_cuda or os.environ.get("TRITON_INTERPRET"))
-    if not runs or not mixers or not all(hasattr(mixer.pair, "taps") for mixer in mixers):
+    if not runs or not mixers or {type(mixer.pair) for mixer in mixers} - {AB, Vec, Gate1}:
         raise BadInput("the fast path needs Triton, CUDA and ab, vec or gate1; use --no-fast")
     for mixer in mixers:
         mixer.fast = torch.tensor(mixer.shifts, device=model.wte.weight.device)

@@ -103,7 +103,7 @@ def atomic_write(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise BadInput(f"cannot write {path} ({error.strerror or error})") from error
+        raise BadInput(f"cannot write {path} ({error})") from error  # which names the file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -158,7 +158,7 @@ def text_files(corpus, source, folder, max_docs=0):
         if source and path.is_dir():  # its visible .txt files
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() == ".txt"]
             files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
-            files = [*{f.resolve(): f for f in files if f.is_file()}.values()]  # a link adds none
+            files = sorted({f.resolve() for f in files if f.is_file()})  # a link adds none
             say(f"{path}: {len(files)} visible .txt files")
         if not files or not files[0].is_file():
             raise BadInput(f"no text at {source!r}: give a file, or a folder with .txt files")
@@ -268,8 +268,8 @@ def bits_per_byte(loss, meta):
 def parse(config_type, arguments, description, default=tyro.MISSING_NONPROP):
     """A config_type from command-line words; tyro says what is wrong, and exits with status 2."""
     words = sys.argv[1:] if arguments is None else arguments  # also nanoGPT's --flag=True, =False
-    words = [re.sub(r"^(--[\w-]+)=(?i:true)$", r"\1", word) for word in words]
-    words = [re.sub(r"^--([\w-]+)=(?i:false)$", r"--no-\1", word) for word in words]
+    words = [re.sub(r"^(--(?!prompt)[\w-]+)=(?i:true)$", r"\1", word) for word in words]
+    words = [re.sub(r"^--(?!prompt)([\w-]+)=(?i:false)$", r"--no-\1", word) for word in words]
     return tyro.cli(config_type, args=words, description=description, default=default)
 
 
@@ -289,7 +289,7 @@ def run(main):
     except (BadInput, OSError) as error:
         words = str(error)  # an OSError names the file
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         words = "too little memory: choose a smaller --batch-size, --block-size or --n-embd"
     if words:

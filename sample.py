@@ -80,7 +80,7 @@ def main(arguments=None):
     print(decoder.decode(b"", final=True))
     seconds, length = time.perf_counter() - began, len(numbers) + config.tokens
     with torch.device("meta"):
-        softmax = GPT(replace(model.config, mixers="softmax"))
+        softmax = GPT(replace(model.config, mixers="softmax", pos_emb="none"))
     own, keys = (m.state_bytes(1, length) for m in (model, softmax))
     words = f"state {own:,} bytes, where softmax layers alone keep {keys:,}"
     say(f"[{config.tokens / seconds:,.0f} tokens/s; {words}]", sys.stderr)

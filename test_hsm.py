@@ -348,8 +348,9 @@ def test_a_fast_model_is_one_graph_and_gives_the_plain_models_loss_and_gradients
         assert torch.allclose(plain, fast, atol=1e-3)
 
 
-@pytest.mark.parametrize("mixers", ["gate2", "softmax", "ab,mult"])
+@pytest.mark.parametrize("mixers", ["gate2", "softmax", "ab,mult", "own"])
 def test_the_kernel_is_refused_where_it_knows_no_mixer_or_there_is_no_gpu(mixers, monkeypatch):
+    monkeypatch.setitem(PAIRS, "own", type("Own", (hsm.AB,), {}))  # it may mix in its own way
     with pytest.raises(BadInput, match="--no-fast"):
         hsm.use_fast(tiny(mixers))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -658,7 +659,7 @@ def test_a_folder_means_its_visible_txt_files_in_the_order_of_names(tmp_path, ca
         write(home / name, Path(name).stem * 50)
     for name in (".ipynb_checkpoints/b-checkpoint.txt", "._b.txt", "notes.md", "old.txt/x.md"):
         write(home / name, b"\xff no text")
-    (home / "link.txt").symlink_to(home / "b.txt")
+    (home / "a0.txt").symlink_to(home / "b.txt")
     prepare_data.prepare("file", home, folder=home)  # what is made lies beside the texts
     prepare_data.prepare("file", home, folder=home)
     assert prepared_text(home)[0] == "a" * 50 + "b" * 50 + "c" * 50
@@ -819,8 +820,10 @@ def test_flags_on_resume_are_laid_over_what_the_run_had_and_a_run_that_trained_e
     assert train.main(flags(small(data, tmp_path, block_size=8, eval_tokens=64))) == 0
     assert train.main([*resume, "--eval-tokens", "32", "--steps=13"]) == 0
     (tmp_path / "best.pt").unlink()
-    assert train.main([*resume, "--dropout", "0.1", "--steps=15"]) == 0
-    assert train.load_checkpoint(tmp_path / "best.pt")["config"]["dropout"] == 0.1
+    assert train.main([*resume, "--dropout", "0.1", "--weight-decay=0.7", "--steps=15"]) == 0
+    best = train.load_checkpoint(tmp_path / "best.pt")
+    assert best["config"]["dropout"] == 0.1
+    assert best["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7
     assert [row["step"] for row in log(tmp_path)] == [0, 5, 10, 12, 13, 15]
 
 
@@ -1060,7 +1063,7 @@ def test_a_prompt_from_a_file_an_empty_one_and_one_with_a_dash_work_and_a_seed_r
     assert sampled(capsys, *words, "--prompt-file", file).out.startswith("naïve")
     texts = [sampled(capsys, *words, "--seed", seed).out for seed in "112"]
     assert len(texts[0]) == 9 + 1 and texts[0] == texts[1] != texts[2]
-    for prompt in ("-a", "nTrue=True"):
+    for prompt in ("-a", "nTrue=True", "True"):
         assert sampled(capsys, *words, "--prompt", prompt).out.startswith(prompt)
     line = refused(capsys, sample, *words, "--prompt", "a\\n\udcff", lines=2)
     assert re.search("two characters.*the prompt is not UTF-8", line), line
@@ -1093,12 +1096,10 @@ REFUSED = [
     (train, "--n-embd 30", "multiple of n_head"),
     (train, "--n-embd 200000 --n-head 2", "too little memory.*--n-embd"),
     (train, "--steps 0", "steps must be 1"),
-    (train, "--steps 99999999999999999999", "steps must be 1"),
     (train, "--batch-size 10000000", "batch_size must be 1"),
     (train, "--lr nan", "lr must be"),
     (train, "--device tpu", "tpu.*auto.*cpu"),
     (train, "--vocab-size 3", "vocab_size=3"),
-    (train, "--data data/memory_book", "data.memory_book.meta.json is missing"),
     (train, "--data nowhere", "nowhere.meta.json is missing.*prepare_data.py"),
     (train, "--resume --out nowhere", "no checkpoint nowhere.*train one first"),
     (prepare_data, "file nowhere.txt", "no text at 'nowhere.txt'"),
@@ -1109,7 +1110,6 @@ REFUSED = [
     (sample, "--top-p 1.5", "top_p"),
     (sample, "--prompt Ж", "'Ж' is not among"),
     (sample, "--prompt a --prompt-file b", "not both"),
-    (sample, "--out nowhere", "no checkpoint nowhere"),
 ]
 
 
@@ -1165,6 +1165,7 @@ def test_resume_refuses_another_shape_or_other_data_and_touches_nothing(data, tm
     resume = ["--resume", "--out", tmp_path / "out"]
     assert "n_layer=3, not 4" in refused(capsys, train, *resume, "--n-layer", 4)
     assert "mixers=ab, not vec" in refused(capsys, train, *resume, "--mixers", "vec")
+    assert "optimizer=adamw, not muon" in refused(capsys, train, *resume, "--optimizer=muon")
     assert "at step 12 already" in refused(capsys, train, *resume, "--steps", 5)
     prepare_data.prepare("file", write(tmp_path / "b.txt", story(999, 1)), folder=tmp_path / "b")
     assert "other data" in refused(capsys, train, *resume, "--data", tmp_path / "b")
@@ -1319,7 +1320,7 @@ def test_when_one_process_dies_the_other_ends_with_a_line(data, tmp_path):
     _, errors = left.communicate(timeout=60)
     right.communicate()
     assert left.returncode == 2
-    assert "another process of this training has ended" in errors.splitlines()[-1]
+    assert "if another process ended: --resume" in errors.splitlines()[-1]
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------
@@ -1339,7 +1340,8 @@ def test_on_cuda_a_real_graph_draws_the_plain_paths_tokens_and_a_seed_repeats_th
 @gpu
 def test_on_cuda_a_run_saves_is_read_on_a_cpu_and_resumes(data, tmp_path):
     skip_without("cuda")
-    assert train.main(flags(small(data, tmp_path, mixers="ab,softmax", dropout=0.1))) == 0
+    result = train.train(small(data, tmp_path, mixers="ab,softmax", dropout=0.1))
+    assert result.model.cpu()(torch.zeros(1, 9, dtype=torch.int64))[0].isfinite().all()
     model, _ = sample.load(tmp_path, "last", "cpu")
     assert not model.wte.weight.is_cuda
     assert train.main(["--resume", "--out", str(tmp_path), "--steps", "20"]) == 0
@@ -1357,26 +1359,24 @@ def test_on_cuda_half_precision_learns_as_float32_does(data, tmp_path):
 
 
 # ---- Properties of any configuration -------------------------------------------------------------
-numbers = st.integers(-1, 5)
+numbers = st.integers(1, 5)  # what contradicts has a test of its own
 configurations = st.fixed_dictionaries(
     {
-        "vocab_size": st.just(11),
-        "block_size": st.integers(0, 9),
+        "block_size": st.integers(1, 9),
         "n_layer": numbers,
-        "n_head": st.integers(0, 3),
-        "n_embd": st.sampled_from([0, 1, 2, 6, 12, 13]),
-        "mixers": st.lists(st.sampled_from([*MIXERS, "?"]), max_size=3).map(",".join),
+        "n_head": st.integers(1, 3),
+        "n_embd": st.sampled_from([6, 12, 13]),
+        "mixers": st.lists(st.sampled_from([*MIXERS]), min_size=1, max_size=3).map(",".join),
         "shifts": st.one_of(
-            st.sampled_from(["layer", "heads", "", "1,", "x"]),
+            st.sampled_from(["layer", "heads", "x"]),
             st.lists(numbers, min_size=1, max_size=3).map(lambda s: ",".join(map(str, s))),
             st.lists(numbers, min_size=2, max_size=3).map(lambda s: "+".join(map(str, s))),
         ),
         "proj": st.booleans(),
         "in_proj": st.booleans(),
-        "d_ff": st.integers(-1, 7),
-        "pos_emb": st.sampled_from(["learned", "rope", "none", "sine"]),
+        "d_ff": st.integers(0, 7),
+        "pos_emb": st.sampled_from(["learned", "rope", "none"]),
         "bias": st.booleans(),
-        "dropout": st.sampled_from([0.0, 0.5, 1.0]),
     }
 )
 
@@ -1390,11 +1390,11 @@ def test_any_configuration_is_causal_and_streams_exactly_or_says_what_is_wrong(f
         assert "\n" not in str(error) and len(str(error)) > 10
         return
     T = min(T, model.config.block_size)
-    idx = tokens(2, T, vocab_size=11, seed=seed)
+    idx = tokens(2, T, seed=seed)
     with torch.no_grad():
         logits, _ = model(idx)
         streamed = stream(model, idx, random_chunks(T, seed))
         changed = idx.clone()
-        changed[:, -1] = (idx[:, -1] + 1) % 11
+        changed[:, -1] = (idx[:, -1] + 1) % 31
         assert torch.equal(model(changed)[0][:, :-1], logits[:, :-1])
         assert (streamed - logits).abs().max() <= 1e-10 * max(1, logits.abs().max())

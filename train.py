@@ -35,7 +35,7 @@ import prepare_data
 from hsm import GPT, BadInput, GPTConfig, layer_table, use_fast
 from prepare_data import Tokenizer, atomic_write, bits_per_byte, parse, read_meta, run, say
 
-Choice = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
+OnOffAuto = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --x, --no-x, or neither: None
 SHAPE = {"vocab_size": 0, "mixers": "ab,ab,softmax"}  # the presets' models, any vocabulary
 
 
@@ -63,8 +63,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what it computes best
     threads: int = 0  # of a CPU; 0: all, or 1 where other programs keep it busy
-    compile: Choice = None  # torch.compile: minutes to start, then faster; None: on CUDA
-    fast: Choice = None  # hsm.py's kernel; None: on CUDA, where it knows the mixers
+    compile: OnOffAuto = None  # torch.compile: minutes to start, then faster; None: on CUDA
+    fast: OnOffAuto = None  # hsm.py's kernel; None: on CUDA, where it knows the mixers
     resume: bool = False  # go on from OUT/ckpt.pt; other flags then stay as they were unless given
 
     def __post_init__(self):
@@ -192,7 +192,7 @@ class Windows:
     def at(self, starts):
         """starts: (B,) integers. Returns idx and targets, (B, T) int64 on the device."""
         window = self.tokens[starts[:, None] + self.offsets].astype(np.int64)  # (B, T + 1)
-        window = torch.from_numpy(window).to(self.device, non_blocking=True)
+        window = torch.from_numpy(window).to(self.device, non_blocking=self.device.type == "cuda")
         return window[:, :-1], window[:, 1:]
 
     def batch(self, size, seed, number, rank=0, n_ranks=1):
@@ -243,8 +243,8 @@ def make_optimizers(model, config, device):
     """
     kinds = {"blocks": [], "matrices": [], "vectors": []}
     for name, p in model.named_parameters():
-        kind = "blocks" if config.optimizer == "muon" and "blocks" in name else "matrices"
-        kinds[kind if p.dim() >= 2 else "vectors"].append(p)
+        for_muon = config.optimizer == "muon" and "blocks" in name and p.dim() == 2
+        kinds["blocks" if for_muon else "matrices" if p.dim() >= 2 else "vectors"].append(p)
     blocks, matrices, vectors = kinds.values()
     decay, fused = config.weight_decay, device.type != "mps"
     groups = {"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}
@@ -273,7 +273,7 @@ def catch_signals(stack):
     return caught
 
 
-BEFORE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
+ADVICE = "; what is saved is from before. Try a smaller --lr, or --dtype float32"
 Result = namedtuple("Result", "model tokenizer history best_loss best_bpb seconds out stopped_by")
 
 
@@ -328,17 +328,17 @@ def train(config, saved=None):
         running = torch.zeros(3, device=device)
         step, history, best_loss, seconds_before = 0, [], math.inf, 0.0
         if saved is not None:
-            for name, value in asdict(shape).items():
-                if saved["config"].get(name, value) != value and name != "dropout":
-                    words = f"has {name}={saved['config'][name]}, not {value}"
-                    raise BadInput(f"the run in {out} {words}: a resumed model keeps its shape")
+            for name, value in (asdict(shape) | {"optimizer": config.optimizer}).items():
+                before = (saved["config"] | saved["train"]).get(name, value)
+                if before != value and name != "dropout":
+                    raise BadInput(f"{out} has {name}={before}, not {value}; --resume keeps it")
             if saved["step"] > config.steps:
                 raise BadInput(f"{out} is at step {saved['step']} already; give more --steps")
             if saved["meta"] != meta:
                 raise BadInput(f"the run in {out} had other data than {folder} has now")
             model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
-                optimizer.load_state_dict(state)
+            for optimizer, old in zip(optimizers, saved["optimizer"], strict=True):  # not options
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": old["state"]})
             scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
             running += saved["running"].to(device)
             names = ("step", "history", "best_loss", "seconds")
@@ -348,7 +348,7 @@ def train(config, saved=None):
         def save(name):
             settings = {f.name: getattr(config, f.name) for f in fields(config)}
             items = {"config": asdict(settings.pop("model")), "train": settings, "meta": meta}
-            items |= {"model": model.state_dict(), "scaler": scaler.state_dict()}
+            items |= {"scaler": scaler.state_dict() if is_half else {}, "model": model.state_dict()}
             items |= {"optimizer": [o.state_dict() for o in optimizers], "running": running.cpu()}
             items |= {"step": step, "history": history, "best_loss": best_loss}
             save_checkpoint(out / name, **items, seconds=time.perf_counter() - began)
@@ -369,14 +369,14 @@ def train(config, saved=None):
         while True:
             ends, last = step >= config.steps, history[-1]["step"] if history else -1
             if last < step and (ends or step % config.eval_interval == 0):
-                loss_sum, n, _ = running.tolist()
+                loss_sum, n, _ = running.tolist()  # of several processes this one's
                 model.eval()
                 with torch.no_grad():  # the same windows each time
                     losses = [compiled(*val.at(some))[1] * len(some) for some in val_windows]
                 model.train()
                 val_loss = sum(losses).item() / sum(map(len, val_windows))
                 if not math.isfinite(val_loss):
-                    raise BadInput(f"validation loss {val_loss} at step {step}{BEFORE}")
+                    raise BadInput(f"validation loss {val_loss} at step {step}{ADVICE}")
                 seconds = time.perf_counter() - began
                 tokens_per_s = step * config.grad_accum * B * T / seconds
                 row = {"step": step, "train_loss": loss_sum / n if n else None}
@@ -421,7 +421,7 @@ def train(config, saved=None):
                 total += loss.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or 1e30)
             if guards or norm.isfinite():  # the second waits
                 for optimizer in optimizers:
                     scaler.step(optimizer)  # does nothing if a gradient of its own is not finite
@@ -436,7 +436,7 @@ def train(config, saved=None):
             if step % 10 == 0:  # each look waits for the device
                 loss_sum, n, in_a_row = running.tolist()
                 if in_a_row >= 10:  # that does not mend itself
-                    raise BadInput(f"gradients not finite {in_a_row:.0f} steps in a row{BEFORE}")
+                    raise BadInput(f"gradients not finite {in_a_row:.0f} steps in a row{ADVICE}")
                 bar.set_postfix_str(f"loss {loss_sum / max(1, n):.3f}", refresh=False)
         bar.close()
         best = (best_loss, bits_per_byte(best_loss, meta), history[-1]["elapsed_s"])
@@ -477,7 +477,7 @@ def main(arguments=None):
     if words and not words[0].startswith("-"):
         raise BadInput(f"unknown preset {words[0]!r}; choose from {', '.join(PRESETS)}")
     default, saved, pairs = PRESETS[preset], None, [w for word in words for w in word.split("=", 1)]
-    if "--resume" in pairs:  # what the flags don't say stays as it was
+    if any(word.lower() in ("--resume", "--resume=true") for word in words):  # the rest stays
         out = pairs[pairs.index("--out") + 1] if "--out" in pairs[:-1] else default.out
         saved = load_checkpoint(Path(out) / "ckpt.pt")
         try:
@@ -491,7 +491,7 @@ def main(arguments=None):
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise BadInput("torch.compile does not work here; use --no-compile") from error
         if "WORLD_SIZE" in os.environ:
-            raise BadInput("another process of this training has ended; use --resume") from error
+            raise BadInput(f"{error!s:.200}; if another process ended: --resume") from error
         raise
     return 128 + stopped_by if stopped_by else 0  # as shells count
 

@@ -240,8 +240,8 @@ def times_as_fast(row, name, other):
     slow, fast = row["seconds"].get(other), row["seconds"][name]
     if name in (other, "softmax") or not slow or not fast:
         return ""
-    low, middle, high = quantiles([s / f for s, f in zip(slow, fast, strict=True)], n=4)
-    return f"{middle:.2f} ({low:.2f} .. {high:.2f})"
+    low, mid, high = quantiles([s / f for s, f in zip(slow, fast, strict=True)], method="inclusive")
+    return f"{mid:.2f} ({low:.2f} .. {high:.2f})"
 
 
 def report(settings):

@@ -52,7 +52,7 @@ class ShiftSoftmax(SoftmaxMixer):
         super().__init__(config)
         self.shifts = shifts or self.shifts
         self.pair = Vec(config.n_embd, config.n_head)
-        self.offsets = range(self.window + max(self.shifts))
+        self.offsets = sorted({k + s for k in range(self.window) for s in (0, *self.shifts)})
 
     def forward(self, x, cache=None, angles=None):
         rings, ring = cache or (None, None)
