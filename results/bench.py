@@ -248,7 +248,7 @@ def report(settings):
     """bench.md: a table for each setting, a line for each model in each measurement."""
     head = "| part | T | batch | | ms | tokens/s | x softmax | x hsm | MiB | compiling, s |\n"
     head += "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-    text = "# Speed and memory, HSM beside softmax\n\nBy `python results/bench.py --table`.\n"
+    text = "# Speed and memory, HSM beside softmax\n\nBy `python results/bench.py --out results`.\n"
     for words, rows in settings.items():
         text += f"\n## {words}\n\ntorch {rows[-1]['torch']}, {rows[-1]['date']}.\n\n{head}"
         for row, name in [(r, name) for r in rows for name in r["seconds"]]:
