@@ -337,8 +337,8 @@ def train(config, saved=None):
             if saved["meta"] != meta:
                 raise BadInput(f"the run in {out} had other data than {folder} has now")
             model.load_state_dict(saved["model"])
-            for optimizer, old in zip(optimizers, saved["optimizer"], strict=True):  # not options
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": old["state"]})
+            for new, old in zip(optimizers, saved["optimizer"], strict=True):  # options: the flags'
+                new.load_state_dict(new.state_dict() | {"state": old["state"]})
             scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
             running += saved["running"].to(device)
             names = ("step", "history", "best_loss", "seconds")
@@ -477,9 +477,9 @@ def main(arguments=None):
     if words and not words[0].startswith("-"):
         raise BadInput(f"unknown preset {words[0]!r}; choose from {', '.join(PRESETS)}")
     default, saved, pairs = PRESETS[preset], None, [w for word in words for w in word.split("=", 1)]
-    if any(word.lower() in ("--resume", "--resume=true") for word in words):  # the rest stays
+    if any(word.lower() in ("--resume", "--resume=true") for word in words):
         out = pairs[pairs.index("--out") + 1] if "--out" in pairs[:-1] else default.out
-        saved = load_checkpoint(Path(out) / "ckpt.pt")
+        saved = load_checkpoint(Path(out) / "ckpt.pt")  # what the flags don't say stays as it was
         try:
             default = TrainConfig(GPTConfig(**saved["config"]), **saved["train"] | {"out": out})
         except TypeError as error:
