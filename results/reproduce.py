@@ -271,6 +271,7 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, HSM, PLAIN + SHIFTED),
     "lengths": (("code", *ON_CODE), LENGTHS),
+    "recurrence": (TEXTS[1:] + ON_CODE, ("softmax-deep", *HSM, "linrec-hybrid"), ("linrec",)),
     "instead": (("code", "tinystories"), INSTEAD),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
