@@ -1,12 +1,11 @@
 """Train the grid of models behind the README's claims; make its tables and pictures from the logs.
 
     python results/reproduce.py --list          what there is to train, and what is done
-    python results/reproduce.py                 train what is missing: many hours (README.md here)
+    python results/reproduce.py                 train what is missing: many hours
     python results/reproduce.py --table-only    from the logs alone: table.md, READMEs, lead.png
 
-A run's curve goes to logs/cpu/RUN.jsonl: what was trained, a line an evaluation, a checksum. A
-whole log of the configuration asked for stays, any other is made anew. To check one, delete it and
-train it again: git diff shows the same losses, to the bit. In more terminals they share the runs.
+A run's log, logs/cpu/RUN.jsonl, stays if it is whole and of the configuration asked for. To check
+one, delete it and train it again: the same losses, to the bit. More terminals share the runs.
 """
 
 import hashlib
@@ -271,7 +270,7 @@ MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, w
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, HSM, PLAIN + SHIFTED),
     "lengths": (("code", *ON_CODE), LENGTHS),
-    "recurrence": (TEXTS[1:] + ON_CODE, ("softmax-deep", *HSM, "linrec-hybrid"), ("linrec",)),
+    "recurrence": (TEXTS[1:] + ON_CODE, (*PICKS[:2], *HSM, "linrec-hybrid"), ("linrec",)),
     "instead": (("code", "tinystories"), INSTEAD),
     "ladder": (BEFORE, ("ab-in", "ab-in-linear", "ab-in-layer", *RANDOM)),
     "hybrids": (BEFORE, ("softmax-rope", "softmax-deep", *HYBRIDS)),
@@ -401,6 +400,7 @@ COLOURS = {  # that colour-blind eyes tell apart
     "hybrid-deep": "#d55e00",
     "hybrid-shift": "#e69f00",
     "all-short-hybrid": "#cc79a7",
+    "conv4-hybrid": "#56b4e9",
 }
 
 
@@ -418,8 +418,8 @@ def draw_lead(logs, figure):
         panel.set(title=f"{text} (0: {base})", xlabel="steps", ylabel="% over plain softmax")
         panel.grid(alpha=0.3)
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
-    names = [name for name in COLOURS if name in lines]
-    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=6)
+    handles = [lines[name] for name in COLOURS if name in lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7)
 
 
 def mean_curve(logs):
