@@ -302,7 +302,7 @@ def t95(df):
 
 def spread(losses, row):
     """Spread of seeds around their row's mean, in %, and degrees of freedom: of row's kind."""
-    # With softmax in each layer seeds lie further apart: each kind is pooled by itself.
+    # Softmax's seeds lie further apart: rows named after it are pooled by themselves.
     groups = [np.array(v) for n, v in losses.items() if ("softmax" in n) == ("softmax" in row)]
     df = sum(len(group) - 1 for group in groups)
     squares = sum(((100 * (group / group.mean() - 1)) ** 2).sum() for group in groups)
@@ -385,7 +385,7 @@ def setting_section(setting, models):
         rows.append((*row, over(losses, name)))
     T, fields = head["model"]["block_size"], head["train"]
     about = f"T = {T}, {fields['steps']:,} steps of {fields['batch_size']} windows."
-    for row, kind in (("softmax", "softmax in each layer"), ("", "other rows")):
+    for row, kind in (("softmax", "rows named softmax"), ("", "other rows")):
         s, df = spread(losses, row)
         about += f" Spread of seeds, {kind}: {s:.2f}%, {df} degrees of freedom." if df else ""
     return [f"## {setting}", "", about, "", *table(*rows)]
