@@ -265,7 +265,7 @@ RANDOM = tuple(f"ab-in-random-{number}" for number in (1, 2, 3))
 HYBRIDS = tuple(f"hybrid-{which}" for which in ("deep", "short", "2nd", "3rd", "middle", "last"))
 INSTEAD = ("hybrid-deep", "hybrid-b0", *(name for name in GRID if name.endswith("-hybrid")))
 HSM = ("ab-in", "all-in", "hybrid-deep", "hybrid-shift", "all-short-hybrid")
-ON_CODE = ("code-512", "code-1000", "code-8000")
+ON_CODE = ("code-512", "code-1000", "code-8000", "code-32")
 MARKS = {  # the READMEs' tables, between marks of these names: columns, rows, what they are over
     "found": ((*TEXTS, "code-512"), NAMES),
     "claims": (TEXTS + ON_CODE, HSM, PLAIN + SHIFTED),
